@@ -1,0 +1,816 @@
+"""Janus in plain PyTorch: one LLaMA trunk that reads text, reads images and writes image tokens.
+
+    prompt  -> embed_text -> trunk -> generation_head -> image codes -> vqmodel.decode -> pixels       (generation)
+    pixels  -> vision_model (SigLIP) -> aligner -> trunk -> lm_head -> answer                         (understanding)
+
+Nothing here knows about sampling, rewards or training. Modules carry the names of the transformers layout
+(`JanusForConditionalGeneration`), so that a checkpoint needs no table of names; the original DeepSeek layout has one,
+`ORIGINAL_NAMES`. Both are read, the transformers layout is written.
+
+    from model import load, save
+    model = load("tiny")                 # or "janus", "janus-pro-1b", "janus-pro-7b", a hub id, a folder
+    save(model, "somewhere")             # JanusForConditionalGeneration.from_pretrained("somewhere") opens it
+
+Written against, and tested to agree with, transformers 5.23.0 (models/janus) and github.com/deepseek-ai/Janus.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import GenerationConfig, JanusConfig, JanusProcessor, PreTrainedTokenizerFast
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+NAMES = {  # what --model takes, besides any hub id and any folder
+    "tiny": str(Path(__file__).parent / "tiny" / "janus"),
+    "janus": "deepseek-ai/Janus-1.3B",
+    "janus-pro-1b": "deepseek-ai/Janus-Pro-1B",
+    "janus-pro-7b": "deepseek-ai/Janus-Pro-7B",
+}
+
+
+class UserError(Exception):
+    """A mistake of the user's: scripts print it as one line and exit with 1, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trunk: LLaMA, with grouped-query attention and a static key-value cache
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # float32, or bf16 loses the mean
+        return self.weight * (x.float() * scale).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [B, H, T, d] by angles cos, sin [B, 1, T, d]; halves, not pairs, as in LLaMA's
+    transformers weights."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, self.head_dim = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # [B, H, T, d]
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, Hkv, T, d]
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            keys, values = cache
+            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)  # [B, Hkv, S, d]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, slots)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+Cache = list[tuple[Tensor, Tensor]]  # one (keys, values) a layer, each [B, Hkv, S, d]
+
+
+class LanguageModel(nn.Module):
+    """The LLaMA trunk without its head. `config` is transformers' LlamaConfig."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.rope_parameters.get("rope_type", "default") != "default" or config.attention_bias or config.mlp_bias:
+            raise UserError("this LLaMA has scaled rotary embeddings or biases; no published Janus does, not supported")
+        if config.hidden_act != "silu":
+            raise UserError(f"this LLaMA has {config.hidden_act!r} for silu; no published Janus does, not supported")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """Zeros for `rows` sequences of at most `length` tokens, on the trunk's device and in its compute dtype."""
+        config, like = self.config, self.embed_tokens.weight
+        shape = (rows, config.num_key_value_heads, length, config.head_dim)
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        return [(like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)) for _ in self.layers]
+
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the last norm.
+
+        Args:
+            x: input embeddings [B, T, D].
+            positions: rotary position of every token [B, T].
+            mask: [B, 1, T, S], True where a token may look; S = T, or the cache's length.
+            cache, slots: keys and values are written into the cache's columns `slots` [T] and read from all of it.
+        """
+        half = self.config.head_dim // 2
+        theta = self.config.rope_parameters["rope_theta"]
+        speed = theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)  # [d / 2]
+        angles = positions[:, None, :, None].float() * speed.repeat(2)  # [B, 1, T, d]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache[i] if cache else None, slots)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Understanding: SigLIP and the aligner
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.projection_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # [B, H, M, d]
+        return self.projection_layer(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.self_attn = VisionAttention(width, config.num_attention_heads)
+        self.mlp = VisionMLP(width, int(width * config.mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionModel(nn.Module):
+    """SigLIP without its pooling head: pixels [B, 3, H, W] in [-1, 1] -> features [B, M, C], M = patches."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.use_qk_norm or config.hidden_act != "gelu":
+            raise UserError("this vision model has query/key norms or another activation than gelu, not supported")
+        self.embeddings, self.encoder = nn.Module(), nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
+        self.embeddings.position_embedding = nn.Embedding(
+            (config.image_size // config.patch_size) ** 2, config.hidden_size
+        )
+        self.encoder.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, M, C]
+        x = x + self.embeddings.position_embedding.weight
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class Aligner(nn.Module):
+    """MLP with gelu between its `depth` layers, from image features or codebook vectors to the trunk's width."""
+
+    def __init__(self, width_in: int, width: int, depth: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, width)
+        self.hidden_layers = nn.ModuleList(nn.Linear(width, width) for _ in range(1, depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        for layer in self.hidden_layers:
+            x = layer(F.gelu(x))
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image tokens: the VQ-16 tokenizer of LlamaGen that Janus uses
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(32, c_in, eps=1e-6), nn.GroupNorm(32, c_out, eps=1e-6)
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (p(h).flatten(2).transpose(1, 2) for p in (self.q, self.k, self.v))  # [B, H * W, C], one head
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).view_as(x))
+
+
+class Resample(nn.Module):
+    """Halves or doubles height and width."""
+
+    def __init__(self, channels: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class Mid(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution (with attention at the lowest) and the step to the next resolution."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: str | None):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
+        if resample:
+            setattr(self, resample, Resample(c_out, up=resample == "upsample"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        for resample in ("downsample", "upsample"):
+            if hasattr(self, resample):
+                x = getattr(self, resample)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multiplier]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.in_channels, config.base_channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)] if i else config.base_channels,
+                width,
+                config.num_res_blocks,
+                attention=i == last,
+                resample="downsample" if i < last else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = Mid(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.base_channels * m for m in reversed(config.channel_multiplier)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = Mid(widths[0])
+        self.up = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                config.num_res_blocks + 1,
+                attention=i == 0,
+                resample="upsample" if i < last else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQModel(nn.Module):
+    """Pixels <-> codes. Codebook and latents live on the unit sphere (vq_model.py of the original)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.grid = config.num_patches  # codes a side
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(config.num_embeddings, config.embed_dim)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+
+    def codebook(self) -> Tensor:
+        """The code vectors [V, E], each of length one."""
+        return F.normalize(self.quantize.embedding.weight, dim=-1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes [B, N] of pixels [B, 3, H, W] in [-1, 1]. Both sides of the nearest-code search are normalised, as in
+        the original; transformers 5.23.0 normalises neither here and so finds other codes."""
+        latents = F.normalize(self.quant_conv(self.encoder(pixels)), dim=1).flatten(2)  # [B, E, N]
+        return (self.codebook() @ latents).argmax(dim=1)  # on the sphere the nearest is the most aligned; [B, N]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of codes [B, N], or, differentiably, of one-hots or mixtures over codes [B, N, V]."""
+        if codes.is_floating_point():
+            vectors = codes @ self.codebook().to(codes.dtype)  # [B, N, E]
+        else:
+            vectors = self.codebook()[codes]
+        latents = vectors.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, E, h, w]
+        return self.decoder(self.post_quant_conv(latents))
+
+
+class GenerationHead(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj_out = nn.Linear(config.image_token_embed_dim, config.projection_dim)
+        self.vision_head = nn.Linear(config.projection_dim, config.num_embeddings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vision_head(F.gelu(self.proj_out(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Janus
+
+
+class Janus(nn.Module):
+    """The unified model with tokenizer, prompt format and default guidance. `config` is transformers' JanusConfig."""
+
+    def __init__(self, config: JanusConfig, processor: JanusProcessor, guidance: float = 5.0):
+        super().__init__()
+        self.guidance = guidance
+        text, vision, vq = config.text_config, config.vision_config, config.vq_config
+        self.config, self.processor, self.tokenizer = config, processor, processor.tokenizer
+        self.language_model = LanguageModel(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.vision_model = VisionModel(vision)
+        self.aligner = Aligner(vision.hidden_size, vision.projection_dim, vision.depth)
+        self.vqmodel = VQModel(vq)
+        self.generation_embeddings = nn.Embedding(vq.num_embeddings, vq.embed_dim)
+        self.generation_aligner = Aligner(vq.embed_dim, vq.projection_dim, vq.num_hidden_layers)
+        self.generation_head = GenerationHead(vq)
+        self.num_image_tokens: int = vq.num_patches**2  # N: codes an image
+        self.num_codes: int = vq.num_embeddings  # V
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]"""
+        return self.language_model.embed_tokens(ids)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """The trunk's input for image codes that were generated: [B, N] -> [B, N, D]"""
+        return self.generation_aligner(self.generation_embeddings(codes))
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """The trunk's input for an image that is looked at: [B, 3, H, W] in [-1, 1] -> [B, M, D]"""
+        return self.aligner(self.vision_model(pixels))
+
+    def to_pixels(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] of codes [B, N] or one-hots [B, N, V] (differentiable in the one-hots)."""
+        return self.vqmodel.decode(codes).clamp(-1, 1)
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids [B, T], left-padded, each row starting with the begin-of-sentence token, and mask [B, T], True on
+        what is not padding."""
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        # The begin-of-sentence token is added here: whether a tokenizer adds it by itself varies between checkpoints.
+        rows = [[bos, *self.tokenizer.encode(text, add_special_tokens=False)] for text in texts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return ids, torch.arange(longest, device=self.device) >= longest - lengths[:, None]
+
+    def chat(self, content: list[dict[str, str]]) -> str:
+        """One user turn in the checkpoint's own format, open for the assistant's reply."""
+        turn = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+    def generation_prompt(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, P] of prompts to draw; the last token of every row is the begin-of-image tag."""
+        start = self.tokenizer.boi_token
+        return self.encode([self.chat([{"type": "text", "text": prompt}]) + start for prompt in prompts])
+
+    def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The guidance's other branch [B, P]: every prompt token replaced by pad, but for the first and the last
+        (generation_inference.py of the original). The pads are looked at: the mask stays that of the prompt."""
+        first = mask & (mask.cumsum(1) == 1)
+        keep = first | ~mask
+        keep[:, -1] = True
+        return ids.where(keep, self.tokenizer.pad_token_id)
+
+    def question_prompt(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, Q] of questions about one image each; where the image goes, its placeholder token stands
+        once for every image feature."""
+        tokens = self.tokenizer
+        slots = tokens.boi_token + tokens.image_token * self.num_image_tokens + tokens.eoi_token
+        texts = []
+        for question in questions:
+            text = self.chat([{"type": "image"}, {"type": "text", "text": question}])
+            if self.processor.use_default_system_prompt:
+                text = SYSTEM_PROMPT + text
+            texts.append(text.replace(tokens.image_token, slots))
+        return self.encode(texts)
+
+    def embed_question(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        """Trunk input [B, Q, D] for `question_prompt`'s ids, with the image's features in their place."""
+        x = self.embed_text(ids)
+        features = self.image_features(pixels)  # [B, M, D]
+        return x.masked_scatter((ids == self.config.image_token_id)[..., None], features.to(x.dtype))
+
+
+SYSTEM_PROMPT = (  # the original's, kept word for word because the weights were trained with it
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language.\n\n"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing checkpoints
+
+# DeepSeek's names -> transformers' names, first match wins; None: a tensor that Janus never uses.
+ORIGINAL_NAMES = [
+    (r"vision_model\.vision_tower\.attn_pool\..*", None),  # SigLIP's pooling head
+    (r"gen_vision_model\.quantize\.codebook_used", None),  # a counter of the tokenizer's training
+    (r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),  # recomputed
+    (r"vision_model\.vision_tower\.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+    (r"vision_model\.vision_tower\.patch_embed\.proj\.(.*)", r"vision_model.embeddings.patch_embedding.\1"),
+    (r"vision_model\.vision_tower\.norm\.(.*)", r"vision_model.post_layernorm.\1"),
+    (r"vision_model\.vision_tower\.blocks\.(\d+)\.norm([12])\.(.*)", r"vision_model.encoder.layers.\1.layer_norm\2.\3"),
+    (r"vision_model\.vision_tower\.blocks\.(\d+)\.attn\.qkv\.(.*)", r"vision_model.encoder.layers.\1.self_attn.qkv.\2"),
+    (
+        r"vision_model\.vision_tower\.blocks\.(\d+)\.attn\.proj\.(.*)",
+        r"vision_model.encoder.layers.\1.self_attn.projection_layer.\2",
+    ),
+    (r"vision_model\.vision_tower\.blocks\.(\d+)\.mlp\.(.*)", r"vision_model.encoder.layers.\1.mlp.\2"),
+    (r"gen_vision_model\.(encoder|decoder)\.mid\.0\.(.*)", r"vqmodel.\1.mid.block_1.\2"),
+    (r"gen_vision_model\.(encoder|decoder)\.mid\.1\.(.*)", r"vqmodel.\1.mid.attn_1.\2"),
+    (r"gen_vision_model\.(encoder|decoder)\.mid\.2\.(.*)", r"vqmodel.\1.mid.block_2.\2"),
+    (r"gen_vision_model\.encoder\.conv_blocks\.(\d+)\.res\.(.*)", r"vqmodel.encoder.down.\1.block.\2"),
+    (r"gen_vision_model\.decoder\.conv_blocks\.(\d+)\.res\.(.*)", r"vqmodel.decoder.up.\1.block.\2"),
+    (r"gen_vision_model\.encoder\.conv_blocks\.(.*)", r"vqmodel.encoder.down.\1"),
+    (r"gen_vision_model\.decoder\.conv_blocks\.(.*)", r"vqmodel.decoder.up.\1"),
+    (r"gen_vision_model\.(.*)", r"vqmodel.\1"),
+    (r"gen_head\.output_mlp_projector\.(.*)", r"generation_head.proj_out.\1"),
+    (r"gen_head\.(.*)", r"generation_head.\1"),
+    (r"gen_embed\.(.*)", r"generation_embeddings.\1"),
+    (r"language_model\.model\.(.*)", r"language_model.\1"),
+    (r"language_model\.lm_head\.(.*)", r"lm_head.\1"),
+]
+
+
+def from_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the original layout under this module's names, SigLIP's fused qkv split in three. A name that
+    the table does not know stays as it is, and the strict load reports it."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        aligner = re.fullmatch(r"(gen_)?aligner\.layers\.(\d+)\.(.*)", name)  # Linear, GELU, Linear, GELU, ...
+        if aligner:
+            prefix, layer = "generation_aligner" if aligner[1] else "aligner", int(aligner[2]) // 2
+            new = f"{prefix}.hidden_layers.{layer - 1}.{aligner[3]}" if layer else f"{prefix}.fc1.{aligner[3]}"
+        else:
+            match = ((re.fullmatch(old, name), new) for old, new in ORIGINAL_NAMES)
+            found, new = next(((m, new) for m, new in match if m), (None, name))
+            new = found.expand(new) if found and new else new
+        if new is None:
+            continue
+        if ".self_attn.qkv." in new:
+            for part, piece in zip("qkv", tensor.chunk(3)):
+                renamed[new.replace(".qkv.", f".{part}_proj.")] = piece.clone()  # or safetensors refuses to save it
+        else:
+            renamed[new] = tensor.squeeze(0) if new.endswith("position_embedding.weight") else tensor
+    return renamed
+
+
+def config_from_original(original: dict, tensors: dict[str, Tensor]) -> JanusConfig:
+    """JanusConfig for DeepSeek's config.json and the tensors already under this module's names. The original's config
+    names its vision tower and tokenizer instead of giving their sizes, so these are read off the tensors."""
+
+    def count(pattern: str) -> int:
+        return len({m[1] for m in (re.match(pattern, name) for name in tensors) if m})
+
+    try:
+        patch = tensors["vision_model.embeddings.patch_embedding.weight"]  # [C, 3, p, p]
+        base = tensors["vqmodel.encoder.conv_in.weight"].shape[0]
+        levels = count(r"vqmodel\.encoder\.down\.(\d+)\.")
+        widths = [tensors[f"vqmodel.encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        hidden = tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+        latent = tensors["vqmodel.encoder.conv_out.weight"].shape[0]
+    except KeyError as missing:
+        raise UserError(f"tensor {missing} is missing (by its transformers name)") from None
+    params = {part: original[f"{part}_config"]["params"] for part in ("vision", "aligner", "gen_vision", "gen_aligner")}
+    return JanusConfig(
+        text_config={**original["language_config"], "model_type": "llama"},
+        vision_config={
+            "hidden_size": patch.shape[0],
+            "patch_size": patch.shape[-1],
+            "image_size": params["vision"]["image_size"],
+            "num_hidden_layers": count(r"vision_model\.encoder\.layers\.(\d+)\."),
+            "num_attention_heads": 16,  # of every SigLIP tower that Janus names (siglip_vit.py of the original)
+            "mlp_ratio": hidden / patch.shape[0],
+            "projection_dim": params["aligner"]["n_embed"],
+            "depth": params["aligner"]["depth"],
+            "num_image_tokens": (params["vision"]["image_size"] // patch.shape[-1]) ** 2,
+        },
+        vq_config={
+            "embed_dim": params["gen_vision"]["n_embed"],
+            "num_embeddings": params["gen_vision"]["image_token_size"],
+            "latent_channels": latent,
+            "base_channels": base,
+            "channel_multiplier": [width // base for width in widths],
+            "num_res_blocks": count(r"vqmodel\.encoder\.down\.0\.block\.(\d+)\."),
+            "projection_dim": params["gen_aligner"]["n_embed"],
+            "num_hidden_layers": params["gen_aligner"]["depth"],
+            "image_token_embed_dim": original["gen_head_config"]["params"]["image_token_embed"],
+        },
+        tie_word_embeddings="lm_head.weight" not in tensors,
+    )
+
+
+def chat_template(user: str, assistant: str) -> str:
+    """Jinja template of Janus' turns, `{user}: ...\\n\\n{assistant}:`, an image's placeholder on a line of its own."""
+    return (
+        "{% for message in messages %}"
+        f"{{{{ '{user}: ' if message['role'] == 'user' else '{assistant}: ' }}}}"
+        "{% for part in message['content'] %}"
+        "{{ '<image_placeholder>\n' if part['type'] == 'image' else part['text'] | trim }}"
+        "{% endfor %}"
+        "{{ '\n\n' if message['role'] == 'user' else eos_token }}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ '{assistant}:' }}}}{{% endif %}}"
+    )
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder: safetensors before .bin, sharded (by its index) or not, nothing unpickled
+    but tensors. Raises UserError where a file is missing or damaged."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        elif (folder / single).exists():
+            files = [single]
+        else:
+            continue
+        tensors = {}
+        for name in files:
+            path = folder / Path(name).name
+            try:
+                if path.suffix == ".safetensors":
+                    tensors |= load_file(path)
+                else:
+                    tensors |= torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # each format has its own; the user needs the file's name and one line
+                raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        return tensors
+    raise UserError(f"{folder}: holds no model.safetensors, pytorch_model.bin or their index")
+
+
+def find_folder(name: str) -> Path:
+    """The local folder for `--model NAME`: a folder, a name of NAMES, or a hub id (downloaded, with progress)."""
+    target = NAMES.get(name, name)
+    folder = Path(target)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder}: has no config.json; --model takes a Janus checkpoint's folder, in the "
+                            "transformers or the DeepSeek layout")
+        return folder
+    if folder.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", target):
+        raise UserError(f"unknown model {name!r}: give one of {', '.join(NAMES)}, a hub id (owner/name), or a folder")
+    try:
+        return Path(snapshot_download(target, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.jinja"]))
+    except Exception as error:  # offline, no such repository, no access: the hub client has a dozen classes for these
+        raise UserError(
+            f"cannot download {target} from the hub ({type(error).__name__}); download it elsewhere and give its "
+            "folder: --model FOLDER"
+        ) from None
+
+
+def read_processor(folder: Path, config: JanusConfig) -> JanusProcessor:
+    """Tokenizer, image preprocessing and chat template. Special tokens come from the tokenizer and are checked against
+    the embedding; a Janus without its pad token would draw rubbish under guidance and say nothing."""
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder}: has no tokenizer.json")
+    try:
+        # The fast tokenizer takes tokenizer.json as it is, whatever class the folder's configuration names; but special
+        # tokens that the configuration names and tokenizer.json lacks get new ids, so these are looked up there.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    except Exception as error:  # the Rust library has no classes for these
+        raise UserError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+    tags = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    tags = {key: getattr(tokenizer, key, None) or tag for key, tag in tags.items()}
+    pad = tokenizer.pad_token or "<｜▁pad▁｜>"
+    special = {"pad_token": pad, "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, **tags}
+    rows = config.text_config.vocab_size
+    for name, token in special.items():
+        if vocabulary.get(token) is None:
+            raise UserError(f"{folder}: the tokenizer has no {name}" + (f" {token!r}" if token else ""))
+    if max(vocabulary.values()) >= rows:
+        token = max(vocabulary, key=vocabulary.get)
+        raise UserError(f"{folder}: token {token!r} has id {vocabulary[token]}, outside the embedding of {rows} rows")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, pad_token=pad, extra_special_tokens=tags)
+    path = folder / "processor_config.json"
+    settings = read_json(path) if path.exists() else {}
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text()
+    elif (folder / "chat_template.json").exists():
+        template = read_json(folder / "chat_template.json")["chat_template"]
+    else:
+        template = settings.get("chat_template") or tokenizer.chat_template
+    if template is None:  # the original: Janus-Pro has role tokens in its vocabulary, Janus-1.3B writes plain words
+        pro = "<|User|>" in vocabulary and settings.get("sft_format") != "deepseek_old"
+        template = chat_template("<|User|>", "<|Assistant|>") if pro else chat_template("User", "Assistant")
+    size = config.vision_config.image_size
+    return JanusProcessor(  # mean and deviation 0.5 put pixels in [-1, 1], where the image decoder's already are
+        JanusImageProcessorPil(
+            size={"height": size, "width": size}, min_size=min(14, size), image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer,
+        chat_template=template,
+        use_default_system_prompt=settings.get("use_default_system_prompt", "sft_format" in settings),
+        num_image_tokens=config.vision_config.num_image_tokens,
+    )
+
+
+def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Janus:
+    """A Janus from a name of NAMES, a hub id or a folder, in the transformers or the original DeepSeek layout.
+
+    Every tensor of the checkpoint must be used, and every tensor of the model be there with its shape.
+
+    Raises:
+        UserError: with one line that says what is wrong with the name, the folder, a tensor or the tokenizer.
+    """
+    folder = find_folder(name)
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if kind not in ("janus", "multi_modality"):
+        raise UserError(f"{folder}: model_type {kind!r} is not a Janus ('janus' or 'multi_modality')")
+    tensors = read_tensors(folder)
+    try:
+        if kind == "multi_modality":
+            tensors = from_original(tensors)
+            config = config_from_original(settings, tensors)
+        else:
+            tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+            config = JanusConfig.from_dict({**settings, "tie_word_embeddings": "lm_head.weight" not in tensors})
+    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder}/config.json: not a Janus configuration ({reason})") from None
+    processor = read_processor(folder, config)
+    config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    generation = folder / "generation_config.json"
+    guidance = (read_json(generation) if generation.exists() else {}).get("guidance_scale")
+    with torch.device("meta"):
+        model = Janus(config, processor, 5.0 if guidance is None else guidance)
+    if config.tie_word_embeddings and "language_model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"]
+    check_tensors(folder, model.state_dict(), tensors)
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.language_model.embed_tokens.weight
+    return model.eval()
+
+
+def check_tensors(folder: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raises UserError naming the first missing, unexpected or wrongly shaped tensor."""
+    for what, names in {"missing": expected.keys() - found, "not one of Janus'": found.keys() - expected}.items():
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{folder}: tensor {min(names)!r} is {what}{more}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)}"
+            raise UserError(f"{folder}: tensor {name!r} has shape {shapes}")
+
+
+def save(model: Janus, folder: str | os.PathLike, extra: dict[str, dict] | None = None) -> None:
+    """Writes the transformers layout (weights in safetensors, sharded above 5 GB; config, tokenizer, processor and
+    generation config) beside `folder` and then renames it, so that `folder` is whole or not there. `extra`: file names
+    and what torch.save puts into them, such as an optimizer's state."""
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    config, tokens = model.config, model.tokenizer
+    config.architectures = ["JanusForConditionalGeneration"]
+    config.dtype = model.lm_head.weight.dtype
+    config.save_pretrained(temporary)
+    model.processor.save_pretrained(temporary)
+    GenerationConfig(
+        do_sample=True,
+        guidance_scale=model.guidance,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+        generation_kwargs={"boi_token_id": tokens.convert_tokens_to_ids(tokens.boi_token)},
+    ).save_pretrained(temporary)
+    tensors = {n if n == "lm_head.weight" else f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_torch_state_dict(tensors, temporary)
+    for name, content in (extra or {}).items():
+        torch.save(content, temporary / name)
+    for path in temporary.iterdir():  # on the disk before the name says so
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

@@ -1,0 +1,382 @@
+"""Prompt -> image, and image + question -> answer, with the probability of every token that is drawn.
+
+    python sample.py "a photo of a red circle" -n 8 --seed 0 --out circles.png
+    python sample.py --image circle.png --question "What is the color of the object?"
+    python sample.py "a photo of a bench" --model janus-pro-1b
+
+What is sampled is softmax((l_uncond + w (l_cond - l_uncond)) / T), w the guidance and T the temperature.
+`sample_images` records the log-probability of each code under exactly that distribution; `image_logits` computes the
+same distribution again in one parallel pass, with gradient. A test holds the two together for every w, T and padding.
+
+Each image has a seed, from which come its uniform numbers, one a token: the same seed gives the same image whatever
+else is in the batch. The token is where the cumulative sum of the softmax passes the uniform number.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from model import NAMES, Cache, Janus, UserError, load
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hot path: one step of the trunk, one draw
+
+
+def guide(cond: Tensor, uncond: Tensor | None, guidance: float | Tensor, temperature: float | Tensor) -> Tensor:
+    """Guided, tempered logits in float32: (l_uncond + w (l_cond - l_uncond)) / T. Without an unconditional branch the
+    conditional logits alone, which is w = 1."""
+    cond = cond.float()
+    if uncond is not None:
+        uncond = uncond.float()
+        cond = uncond + guidance * (cond - uncond)
+    return cond / temperature
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row from softmax(logits) [B, V] by inversion: the first whose cumulative probability exceeds the
+    row's uniform number in [0, 1) [B]. Returns tokens and their log-probabilities, both [B]."""
+    logprobs = F.log_softmax(logits.float(), dim=-1)
+    cumulative = logprobs.exp().cumsum(dim=-1)  # ends at one but for rounding, so the uniform number is scaled by it
+    passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
+    tokens = passed.sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def draw_code(model: Janus, hidden: Tensor, uniforms: Tensor, guidance: Tensor, temperature: Tensor):
+    """Hidden states [R, D] of the last position -> image codes and log-probabilities [B]; R = B, or 2 B with the
+    unconditional rows below the conditional ones."""
+    logits = model.generation_head(hidden)
+    cond, uncond = logits.chunk(2) if len(hidden) == 2 * len(uniforms) else (logits, None)
+    return draw(guide(cond, uncond, guidance, temperature), uniforms)
+
+
+def step_image(
+    model: Janus, cache: Cache, codes: Tensor, slot: Tensor, positions: Tensor, visible: Tensor, uniforms: Tensor,
+    guidance: Tensor, temperature: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Feeds the last codes [B] at cache column `slot` [1] and draws the next ones. `positions` [R, 1], `visible`
+    [R, S]: the columns that are not padding."""
+    x = model.embed_codes(codes)[:, None]  # [B, 1, D]
+    x = x.repeat(len(visible) // len(codes), 1, 1)  # [R, 1, D]
+    mask = visible & (torch.arange(visible.shape[1], device=x.device) <= slot)
+    hidden = model.language_model(x, positions, mask[:, None, None], cache, slot)[:, 0]
+    return draw_code(model, hidden, uniforms, guidance, temperature)
+
+
+compiled_step_image = torch.compile(step_image, dynamic=False)
+
+
+def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """[B, count] numbers in [0, 1), a row from each seed's own generator."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def causal(mask: Tensor) -> Tensor:
+    """Attention mask [B, 1, T, T] of left-padded rows with mask [B, T]: every token sees itself and what stands before
+    it, but no padding. (Padding sees itself, because a softmax over nothing is not a number.)"""
+    T = mask.shape[1]
+    look = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
+    return (look | torch.eye(T, dtype=torch.bool, device=mask.device))[:, None]
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Rotary positions [B, T], counted from each row's first real token."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def prefill(model: Janus, x: Tensor, mask: Tensor, length: int) -> tuple[Cache, Tensor]:
+    """Runs x [R, P, D] through the trunk into a new cache of `length` columns; also the last hidden states [R, D]."""
+    R, P = mask.shape
+    cache = model.language_model.new_cache(R, length)
+    look = F.pad(causal(mask), (0, length - P))  # nothing sees the columns still to come
+    hidden = model.language_model(x, positions_of(mask), look, cache, torch.arange(P, device=x.device))
+    return cache, hidden[:, -1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass
+class Images:
+    """What was sampled and what is needed to compute its probability again."""
+
+    codes: Tensor  # [B, N]
+    logprobs: Tensor  # [B, N], of the guided and tempered distribution
+    ids: Tensor  # [B, P], the prompts
+    mask: Tensor  # [B, P], False on padding
+
+
+@torch.no_grad()
+def sample_images(
+    model: Janus, prompts: Sequence[str], seeds: Sequence[int], guidance: float = 5.0, temperature: float = 1.0,
+    compiled: bool = True,
+) -> Images:
+    """An image for every prompt, from the seed of the same index. Without guidance (w = 1) the unconditional branch
+    cancels out and is not computed."""
+    ids, mask = model.generation_prompt(prompts)  # [B, P]
+    rows, visible = ids, mask  # [R, P]
+    if guidance != 1:
+        rows, visible = torch.cat((ids, model.unconditional(ids, mask))), mask.repeat(2, 1)
+    N, P = model.num_image_tokens, ids.shape[1]
+    uniforms = uniform_numbers(seeds, N, model.device)  # [B, N]
+    w, T = torch.tensor(guidance, device=model.device), torch.tensor(temperature, device=model.device)
+    length = -(-(P + N - 1) // 32) * 32  # the last code is never fed back; rounded up, or every P is compiled anew
+    cache, hidden = prefill(model, model.embed_text(rows), visible, length)
+    code, logprob = draw_code(model, hidden, uniforms[:, 0], w, T)
+    codes, logprobs = [code], [logprob]
+    position = visible.sum(1, keepdim=True)  # [R, 1]
+    visible = F.pad(visible, (0, length - P), value=True)  # [R, S]
+    step = compiled_step_image if compiled else step_image
+    for n in range(N - 1):
+        slot = torch.tensor([P + n], device=model.device)
+        code, logprob = step(model, cache, code, slot, position + n, visible, uniforms[:, n + 1], w, T)
+        codes.append(code)
+        logprobs.append(logprob)
+    return Images(torch.stack(codes, 1), torch.stack(logprobs, 1), ids, mask)
+
+
+def image_logits(
+    model: Janus, images: Images, guidance: float, temperature: float, mode: str = "guided"
+) -> Tensor:
+    """The logits [B, N, V] that each code of `images` was drawn from, in one teacher-forced pass with gradient.
+
+    mode: "guided", the distribution that is sampled; "detached", the same without gradient through the unconditional
+    branch; "conditional", the prompt's branch alone, which is *not* what is sampled unless guidance is 1, but is what
+    published Janus trainers score.
+    """
+
+    def branch(ids: Tensor) -> Tensor:
+        x = torch.cat((model.embed_text(ids), model.embed_codes(images.codes[:, :-1])), dim=1)  # [B, P + N - 1, D]
+        mask = F.pad(images.mask, (0, images.codes.shape[1] - 1), value=True)
+        hidden = model.language_model(x, positions_of(mask), causal(mask))
+        # The begin-of-image tag, the last of the prompt's P tokens, predicts the first code.
+        return model.generation_head(hidden[:, ids.shape[1] - 1 :])  # [B, N, V]
+
+    uncond = None
+    if mode != "conditional" and guidance != 1:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode == "guided"):
+            uncond = branch(model.unconditional(images.ids, images.mask))
+    return guide(branch(images.ids), uncond, guidance, temperature)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities [B, T] of tokens [B, T] under logits [B, T, V], in float32."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@dataclass
+class Answers:
+    """Sampled answers, right-padded."""
+
+    texts: list[str]
+    ids: Tensor  # [B, A], up to and including the end-of-sentence token
+    mask: Tensor  # [B, A], False on padding
+    logprobs: Tensor  # [B, A], of the tempered distribution (of softmax(logits) where the answer is greedy)
+
+
+def step_answer(model: Janus, cache: Cache, tokens: Tensor, slot: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    """Feeds the last tokens [B] at cache column `slot` [1]; logits [B, vocabulary] of the next."""
+    mask = visible & (torch.arange(visible.shape[1], device=visible.device) <= slot)
+    hidden = model.language_model(model.embed_text(tokens[:, None]), positions, mask[:, None, None], cache, slot)
+    return model.lm_head(hidden[:, 0])
+
+
+compiled_step_answer = torch.compile(step_answer, dynamic=False)
+
+
+@torch.no_grad()
+def sample_answers(
+    model: Janus, pixels: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
+    temperature: float = 1.0, max_tokens: int = 40, compiled: bool = False,
+) -> Answers:
+    """An answer to each question about the image [B, 3, H, W] of the same index: greedy without seeds, else sampled at
+    `temperature`. Ends at the end-of-sentence token or after `max_tokens`."""
+    ids, mask = model.question_prompt(questions)  # [B, Q]
+    Q, end = ids.shape[1], model.tokenizer.eos_token_id
+    uniforms = None if seeds is None else uniform_numbers(seeds, max_tokens, model.device)
+    cache, hidden = prefill(model, model.embed_question(ids, pixels), mask, Q + max_tokens)
+    logits = model.lm_head(hidden)
+    position = mask.sum(1, keepdim=True)  # [B, 1]
+    visible = F.pad(mask, (0, max_tokens), value=True)
+    alive = torch.ones_like(mask[:, 0])
+    tokens, logprobs, masks = [], [], []
+    step = compiled_step_answer if compiled else step_answer
+    for t in range(max_tokens):
+        if uniforms is None:
+            token = logits.argmax(-1)
+            logprob = token_logprobs(logits[:, None], token[:, None])[:, 0]
+        else:
+            token, logprob = draw(logits.float() / temperature, uniforms[:, t])
+        tokens.append(token.where(alive, model.tokenizer.pad_token_id))
+        logprobs.append(logprob.where(alive, 0.0))
+        masks.append(alive)
+        alive = alive & (token != end)
+        if not alive.any() or t + 1 == max_tokens:
+            break
+        logits = step(model, cache, token, torch.tensor([Q + t], device=model.device), position + t, visible)
+    ids, mask = torch.stack(tokens, 1), torch.stack(masks, 1)  # [B, A]
+    texts = [model.tokenizer.decode(row[keep], skip_special_tokens=True).strip() for row, keep in zip(ids, mask)]
+    return Answers(texts, ids, mask, torch.stack(logprobs, 1))
+
+
+def encode_answers(model: Janus, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Known answers as token ids [B, A], right-padded, each ended by the end-of-sentence token, and their mask."""
+    tokens = model.tokenizer
+    # A reply starts with a space after the colon of the assistant's tag, as in the original's conversations.
+    rows = [tokens.encode(" " + text, add_special_tokens=False) + [tokens.eos_token_id] for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [tokens.pad_token_id] * (longest - len(row)) for row in rows], device=model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    return ids, torch.arange(longest, device=model.device) < lengths[:, None]
+
+
+def answer_logits(model: Janus, pixels: Tensor, questions: Sequence[str], answers: Tensor) -> Tensor:
+    """Logits [B, A, vocabulary] of the answers' tokens [B, A], teacher-forced, with gradient also into pixels."""
+    ids, mask = model.question_prompt(questions)  # [B, Q]
+    x = torch.cat((model.embed_question(ids, pixels), model.embed_text(answers[:, :-1])), dim=1)  # [B, Q + A - 1, D]
+    mask = F.pad(mask, (0, answers.shape[1] - 1), value=True)  # padding on the right is seen only by itself
+    hidden = model.language_model(x, positions_of(mask), causal(mask))
+    return model.lm_head(hidden[:, ids.shape[1] - 1 :])  # the last prompt token predicts the first answer token
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8"""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]"""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def read_image(model: Janus, path: str) -> Tensor:
+    """Pixels [1, 3, H, W] of an image file, resized and padded to the model's square."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: not an image that can be read ({error})") from None
+    pixels = model.processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    return pixels.to(model.device).flatten(0, -4)  # [1, 3, H, W]
+
+
+def contact_sheet(images: np.ndarray, captions: Sequence[str], path: str | Path, columns: int = 6) -> None:
+    """Writes pictures [B, H, W, 3] uint8 with a caption of a few lines under each, small ones enlarged."""
+    side = max(images.shape[1], 144)
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    rows = -(-len(images) // columns)
+    cell = side + 12, side + 14 * lines + 14
+    sheet = Image.new("RGB", (cell[0] * min(columns, len(images)), cell[1] * rows), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, top = cell[0] * (i % columns) + 6, cell[1] * (i // columns) + 6
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (left, top))
+        wide = [line if pen.textlength(line) <= side else line[: side // 6 - 1] + "…" for line in caption.split("\n")]
+        pen.multiline_text((left, top + side + 2), "\n".join(wide), fill="black")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def positive(kind):
+    """argparse type: a finite number above zero."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return parse
+
+
+def non_negative(kind):
+    """argparse type: a finite number of at least zero."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
+        return value
+
+    return parse
+
+
+def pick_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(main) -> None:
+    """Calls main(); a user's mistake becomes one line on stderr and exit code 1, a programmer's keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # every rank fails; one says why
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="draw images, or ask about one")
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(NAMES)}, a hub id or a folder (default: tiny)")
+    parser.add_argument("-n", type=positive(int), default=8, help="images (default: 8)")
+    parser.add_argument("--seed", type=non_negative(int), default=0, help="of the first image; the next has the next")
+    parser.add_argument("--guidance", type=non_negative(float), default=None, help="default: the checkpoint's")
+    parser.add_argument("--temperature", type=positive(float), default=1.0)
+    parser.add_argument("--out", default="samples.png", help="where the pictures go (default: samples.png)")
+    parser.add_argument("--image", help="a picture to ask about")
+    parser.add_argument("--question", help="what to ask")
+    parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
+    args = parser.parse_args()
+    if bool(args.image) != bool(args.question) or bool(args.prompt) == bool(args.image):
+        parser.error("give a prompt to draw, or --image and --question")
+    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--out {args.out}: give a name that ends in .png or .jpg")
+    device = pick_device()
+    model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if args.image:
+        print(sample_answers(model, read_image(model, args.image).to(model.dtype), [args.question]).texts[0])
+        return
+    seeds = range(args.seed, args.seed + args.n)
+    if not args.no_compile:
+        print("compiling the sampler on first use: up to a minute (--no-compile avoids it)", file=sys.stderr)
+    batches = tqdm(range(0, args.n, 16), desc="drawing", unit="batch", disable=None)
+    guidance = model.guidance if args.guidance is None else args.guidance
+    pictures = [
+        to_uint8(model.to_pixels(sample_images(
+            model, [args.prompt] * len(part), part, guidance, args.temperature, not args.no_compile
+        ).codes))
+        for part in (seeds[start : start + 16] for start in batches)
+    ]
+    contact_sheet(np.concatenate(pictures), [f"seed {seed}" for seed in seeds], args.out)
+    print(f"{args.n} images of {args.prompt!r} (guidance {guidance:g}, temperature {args.temperature:g}): {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

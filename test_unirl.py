@@ -1,0 +1,1952 @@
+"""Every test. They need no network, no GPU and no downloaded weights, and take a few minutes on two cores.
+
+    python -m pytest test_unirl.py
+
+In the order of the files: model.py and sample.py against transformers' Janus, the original layout, enumerations and
+chi-squares, on small random models; reward.py against a table of answers written by hand; grpo.py's formulas and runs;
+the shapes world and evaluate.py's rules. Where a fault was found in a published trainer, a test plants it and sees it.
+"""
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+import grpo
+import model as model_module
+import sample
+from evaluate import Detection, World, evaluate, judge, summarize, world_of
+from model import Janus, UserError, chat_template, load, save
+from reward import (
+    GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
+    is_geneval_prompt, make_task, plural, score, task_key,
+)
+from sample import (
+    Images, answer_logits, draw, encode_answers, image_logits, sample_answers, sample_images, to_pixels, token_logprobs,
+)
+from tiny import world as shapes
+
+torch.set_num_threads(1)  # the models here are too small to gain from more
+ROOT = Path(__file__).parent
+
+PROMPTS = ["a red circle", "two blue squares left of a ring", "a"]  # of unequal lengths: two rows are padded
+EQUAL = ["a red ring", "a red ring"]
+QUESTIONS = ["What is it?", "How many blue squares are there in the picture?", "Which color?"]
+
+# =====================================================================================================================
+# model.py and sample.py
+
+# ---- small Januses --------------------------------------------------------------------------------------------------
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+IMAGE_TAGS = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+ROLES = ["<|User|>", "<|Assistant|>"]
+
+
+def bpe(special: list[str]) -> Tokenizer:
+    """A byte-level tokenizer: the special tokens, the 256 bytes and a few merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(PROMPTS + QUESTIONS, trainers.BpeTrainer(
+        vocab_size=288, special_tokens=special, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    ))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
+def processor_for(config: JanusConfig, system_prompt: bool = False) -> JanusProcessor:
+    side = config.vision_config.image_size
+    return JanusProcessor(
+        JanusImageProcessorPil(size={"height": side, "width": side}, min_size=4, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe([BOS, EOS, PAD, *IMAGE_TAGS.values(), *ROLES]), extra_special_tokens=IMAGE_TAGS,
+            bos_token=BOS, eos_token=EOS, pad_token=PAD,
+        ),
+        chat_template=chat_template(*ROLES),
+        use_default_system_prompt=system_prompt,
+        num_image_tokens=config.vision_config.num_image_tokens,
+    )
+
+
+def small_config(
+    image_size=16, patch_size=4, channels=(1, 1, 2), codes=32, width=64, kv_heads=2, vision_heads=4, depth=2, blocks=1, layers=2,
+    tied=False, text=None,
+) -> JanusConfig:
+    return JanusConfig(
+        text_config=dict(
+            model_type="llama", vocab_size=300, hidden_size=width, intermediate_size=96, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=512, **(text or {}),
+        ),
+        vision_config=dict(
+            hidden_size=48, num_hidden_layers=2, num_attention_heads=vision_heads, image_size=image_size,
+            patch_size=patch_size, mlp_ratio=3.0, projection_dim=width, depth=depth,
+            num_image_tokens=(image_size // patch_size) ** 2,
+        ),
+        vq_config=dict(
+            embed_dim=8, num_embeddings=codes, latent_channels=24, base_channels=32, channel_multiplier=list(channels),
+            num_res_blocks=blocks, projection_dim=width, num_hidden_layers=depth, image_token_embed_dim=width,
+        ),
+        tie_word_embeddings=tied,
+    )
+
+
+CONFIGS = {
+    "grouped": dict(),
+    "tied": dict(kv_heads=4, tied=True, depth=1, image_size=8, patch_size=2, channels=(1, 2),
+                 text=dict(rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope_theta": 100.0})),
+    "deep": dict(kv_heads=1, depth=3, blocks=2, image_size=32, patch_size=16, channels=(1, 1, 2, 2, 4), text=dict(head_dim=32)),
+}
+
+
+def small_janus(seed: int = 0, system_prompt: bool = False, guidance: float = 5.0, **settings) -> Janus:
+    """Random weights large enough that the logits are far from uniform, so that mistakes show."""
+    config = small_config(**settings)
+    model = Janus(config, processor_for(config, system_prompt), guidance).eval()
+    config.image_token_id = model.tokenizer.convert_tokens_to_ids(model.tokenizer.image_token)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                is_scale = "norm" in name and name.endswith("weight")
+                parameter.copy_(0.1 * noise + (1 if is_scale else 0))
+            elif "embed" in name and "patch" not in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        model.generation_head.vision_head.weight.mul_(2)
+        model.lm_head.weight.mul_(0.3 if config.tie_word_embeddings else 2)
+    return model
+
+
+def transformers_twin(model: Janus) -> JanusForConditionalGeneration:
+    twin = JanusForConditionalGeneration(JanusConfig.from_dict(model.config.to_dict())).eval()
+    names = {name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()}
+    twin.load_state_dict(names)
+    return twin
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request):
+    model = small_janus(**CONFIGS[request.param])
+    return model, transformers_twin(model)
+
+
+@pytest.fixture(scope="module")
+def janus():
+    return small_janus()
+
+
+@pytest.fixture(scope="module")
+def saved(janus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "small"
+    save(janus, folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of(saved, tmp_path):
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def random_pixels(model: Janus, count: int, seed: int = 1) -> torch.Tensor:
+    side = model.config.vision_config.image_size
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def random_images(model: Janus, prompts: list[str], seed: int = 2) -> Images:
+    """Any codes, as if they had been sampled."""
+    shape = len(prompts), model.num_image_tokens
+    codes = torch.randint(model.num_codes, shape, generator=torch.Generator().manual_seed(seed))
+    return Images(codes, None, *model.generation_prompt(prompts))
+
+
+def close(ours, theirs, tolerance=1e-4):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance
+
+
+def same_tensors(a: Janus, b: Janus):
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---- parity with transformers ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def their_image_logits(twin, model: Janus, images: Images, guidance: float) -> torch.Tensor:
+    """Guided logits [B, N, V] out of transformers' own modules, the unconditional branch as its `generate` makes it."""
+    tokens = model.tokenizer
+    keep = [tokens.convert_tokens_to_ids(token) for token in (BOS, IMAGE_TAGS["boi_token"])]
+    blank = images.ids.masked_fill(~torch.isin(images.ids, torch.tensor(keep)), tokens.convert_tokens_to_ids(PAD))
+    N = images.codes.shape[1]
+
+    def branch(ids):
+        embedded = twin.get_input_embeddings()(ids), twin.prepare_embeddings_for_image_generation(images.codes[:, :-1])
+        mask = torch.cat((images.mask, torch.ones_like(images.codes[:, :-1], dtype=torch.bool)), 1).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        trunk = twin.model.language_model(
+            inputs_embeds=torch.cat(embedded, 1), attention_mask=mask, position_ids=positions
+        ).last_hidden_state
+        return twin.model.generation_head(trunk[:, -N:])
+
+    return branch(blank) + guidance * (branch(images.ids) - branch(blank))
+
+
+@torch.no_grad()
+def test_image_decoder_agrees_with_transformers(pair):
+    model, twin = pair
+    codes = random_images(model, PROMPTS).codes
+    theirs = twin.decode_image_tokens(codes).permute(0, 3, 1, 2)
+    close(model.vqmodel.decode(codes), theirs)
+    close(model.vqmodel.decode(F.one_hot(codes, model.num_codes).float()), theirs)
+    assert theirs.std() > 0.1
+
+
+@torch.no_grad()
+def test_image_features_agree_with_transformers(pair):
+    model, twin = pair
+    pixels = random_pixels(model, 2)
+    close(model.image_features(pixels), twin.model.get_image_features(pixels).pooler_output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 5.0])
+def test_image_logits_agree_with_transformers(pair, guidance):
+    model, twin = pair
+    images = random_images(model, PROMPTS)
+    ours = image_logits(model, images, guidance, temperature=1.0)
+    close(ours, their_image_logits(twin, model, images, guidance))
+    close(image_logits(model, images, guidance, temperature=0.5), 2 * ours)
+    assert ours.std() > 0.5
+
+
+@torch.no_grad()
+def test_conditional_logits_agree_with_transformers(pair):
+    model, twin = pair
+    images = random_images(model, PROMPTS)
+    close(image_logits(model, images, 5.0, 1.0, mode="conditional"), their_image_logits(twin, model, images, 1.0))
+
+
+@torch.no_grad()
+def test_answer_logits_agree_with_transformers(pair):
+    model, twin = pair
+    pixels = random_pixels(model, len(QUESTIONS))
+    ids, mask = model.question_prompt(QUESTIONS)
+    answers, answer_mask = encode_answers(model, ["ring", "two blue squares", "red"])
+    theirs = twin(
+        input_ids=torch.cat((ids, answers), 1), pixel_values=pixels,
+        attention_mask=torch.cat((mask, answer_mask), 1).long(),
+        position_ids=(torch.cat((mask, torch.ones_like(answer_mask)), 1).cumsum(1) - 1).clamp(min=0),
+    ).logits[:, ids.shape[1] - 1 : -1]
+    ours = answer_logits(model, pixels, QUESTIONS, answers)
+    close(ours[answer_mask], theirs[answer_mask])
+    assert ours.std() > 0.5
+
+
+def ends_early(model: Janus, pixels: torch.Tensor) -> Janus:
+    """The same model, but the third greedy token of the first answer is the end-of-sentence token."""
+    swap = [sample_answers(model, pixels, QUESTIONS, max_tokens=3).ids[0, 2].item(), model.tokenizer.eos_token_id]
+    with torch.no_grad():
+        model.lm_head.weight[swap] = model.lm_head.weight[swap[::-1]]
+    return model
+
+
+def test_greedy_answers_are_those_of_transformers():
+    model = small_janus(seed=3)
+    pixels = random_pixels(model, len(QUESTIONS))
+    twin = transformers_twin(ends_early(model, pixels))
+    ids, mask = model.question_prompt(QUESTIONS)
+    theirs = twin.generate(
+        input_ids=ids, attention_mask=mask.long(), pixel_values=pixels, generation_mode="text", do_sample=False,
+        max_new_tokens=8, pad_token_id=model.tokenizer.pad_token_id, eos_token_id=model.tokenizer.eos_token_id,
+    )[:, ids.shape[1] :]
+    ours = sample_answers(model, pixels, QUESTIONS, max_tokens=8)
+    assert torch.equal(ours.ids, theirs)
+    assert ours.mask.sum(1)[0] == 3 and len(ours.mask.sum(1).unique()) > 1
+    assert ours.texts == [text.strip() for text in model.tokenizer.batch_decode(theirs, skip_special_tokens=True)]
+
+
+def test_greedy_image_of_transformers_is_the_argmax_of_image_logits(pair):
+    model, twin = pair
+    ids, mask = model.generation_prompt(PROMPTS)
+    tokens = model.tokenizer
+    twin.generation_config.generation_kwargs = {"boi_token_id": tokens.convert_tokens_to_ids(IMAGE_TAGS["boi_token"])}
+    codes = twin.generate(
+        input_ids=ids, attention_mask=mask.long(), generation_mode="image", do_sample=False, guidance_scale=3.0,
+        bos_token_id=tokens.bos_token_id, pad_token_id=tokens.pad_token_id,
+    )
+    assert torch.equal(image_logits(model, Images(codes, None, ids, mask), 3.0, 1.0).argmax(-1), codes)
+    assert len(codes.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 5.0])
+def test_recorded_logprobs_are_those_transformers_gives_the_codes(pair, guidance):
+    model, twin = pair
+    images = sample_images(model, PROMPTS, [4, 5, 6], guidance, 0.7, compiled=False)
+    logits = their_image_logits(twin, model, images, guidance) / 0.7
+    theirs = torch.distributions.Categorical(logits=logits.double()).log_prob(images.codes)
+    close(images.logprobs.double(), theirs)
+
+
+# ---- the image encoder ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_image_encoder_takes_the_nearest_code_on_the_sphere(pair):
+    """The original normalises latents and codebook before it compares them; transformers 5.23.0 compares them raw, so
+    that with vectors of unequal length it finds other codes, and decoding (which does normalise) another image."""
+    model, twin = pair
+    with torch.no_grad():
+        model.vqmodel.quantize.embedding.weight.mul_(torch.linspace(0.2, 5, model.num_codes)[:, None])
+    twin.load_state_dict(transformers_twin(model).state_dict())
+    pixels = random_pixels(model, 3)
+    latents = twin.model.vqmodel.quant_conv(twin.model.vqmodel.encoder(pixels)).permute(0, 2, 3, 1).flatten(1, 2)
+    on_sphere = latents / latents.norm(dim=-1, keepdim=True)
+    codebook = twin.model.vqmodel.quantize.embedding.weight
+    distances = (on_sphere[:, :, None] - codebook / codebook.norm(dim=-1, keepdim=True)).square().sum(-1)  # [B, N, V]
+    ours = model.vqmodel.encode(pixels)
+    assert torch.equal(ours, distances.argmin(-1))
+    theirs = twin.model.vqmodel.encode(pixels).image_tokens.view_as(ours)
+    assert not torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_decoding_is_differentiable_in_one_hots(janus):
+    codes = random_images(janus, ["a"]).codes
+    with torch.enable_grad():
+        one_hot = F.one_hot(codes, janus.num_codes).float().requires_grad_()
+        janus.to_pixels(one_hot).sum().backward()
+    assert one_hot.grad.abs().sum() > 0
+    assert janus.to_pixels(codes).abs().max() <= 1
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_model_opens_here_and_in_transformers(name, tmp_path):
+    model = small_janus(**CONFIGS[name], guidance=2.5)
+    save(model, tmp_path / "saved")
+    twin, report = JanusForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    theirs = {name.removeprefix("model."): tensor for name, tensor in twin.state_dict().items()}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+    assert theirs.keys() == model.state_dict().keys()
+    again = load(str(tmp_path / "saved"))
+    same_tensors(model, again)
+    assert again.guidance == 2.5 and not again.training
+    assert (again.lm_head.weight is again.language_model.embed_tokens.weight) == bool(CONFIGS[name].get("tied"))
+    images = random_images(model, PROMPTS)
+    assert torch.equal(image_logits(model, images, 5.0, 1.0), image_logits(again, images, 5.0, 1.0))
+
+
+def test_saved_generation_config_lets_transformers_draw(saved):
+    twin = JanusForConditionalGeneration.from_pretrained(saved)
+    processor = JanusProcessor.from_pretrained(saved)
+    inputs = processor(text=["a red circle"] * 2, generation_mode="image", return_tensors="pt")
+    codes = twin.generate(**inputs, generation_mode="image")
+    assert codes.shape == (2, 16)
+    assert twin.decode_image_tokens(codes).shape == (2, 16, 16, 3)
+
+
+def test_save_replaces_what_was_there_and_keeps_the_extra(janus, tmp_path):
+    folder = tmp_path / "step"
+    folder.mkdir()
+    (folder / "stale").touch()
+    save(janus, folder, {"state.pt": {"step": 7}})
+    assert torch.load(folder / "state.pt", weights_only=True) == {"step": 7}
+    assert not (folder / "stale").exists()
+    assert os.listdir(tmp_path) == ["step"]
+
+
+def test_sharded_transformers_checkpoint_loads_identically(janus, copy_of):
+    os.remove(copy_of / "model.safetensors")
+    transformers_twin(janus).save_pretrained(copy_of, max_shard_size="200KB")
+    assert len(list(copy_of.glob("model-*.safetensors"))) > 2
+    same_tensors(janus, load(str(copy_of)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_load_casts_to_the_dtype_asked_for(saved, janus, dtype):
+    model = load(str(saved), dtype=dtype)
+    assert all(torch.equal(t, janus.state_dict()[name].to(dtype)) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("system_prompt", [False, True])
+def test_saved_processor_makes_the_same_prompts(system_prompt, tmp_path):
+    model = small_janus(system_prompt=system_prompt)
+    save(model, tmp_path / "saved")
+    processor = JanusProcessor.from_pretrained(tmp_path / "saved")
+
+    def chat(content):
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    prompts = [chat([{"type": "text", "text": prompt}]) for prompt in PROMPTS]
+    drawing = processor(text=prompts, generation_mode="image", padding=True, return_tensors="pt")
+    questions = [chat([{"type": "image"}, {"type": "text", "text": question}]) for question in QUESTIONS]
+    pictures = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
+    asking = processor(text=questions, images=pictures, padding=True, return_tensors="pt")
+    for again in (model, load(str(tmp_path / "saved"))):
+        for theirs, (ids, mask) in (
+            (drawing, again.generation_prompt(PROMPTS)), (asking, again.question_prompt(QUESTIONS))
+        ):
+            assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask.long(), theirs["attention_mask"])
+
+
+# ---- the original layout --------------------------------------------------------------------------------------------
+
+SIGLIP_HEADS = 16
+
+
+def original_tensors(model: Janus) -> dict[str, torch.Tensor]:
+    """The tensors as DeepSeek's classes name them, made from ours by the inverse of what loading does."""
+    ours = dict(model.state_dict())
+    out = {}
+    for name, tensor in ours.items():
+        parts = name.split(".")
+        if name.startswith("language_model."):
+            out["language_model.model." + name.removeprefix("language_model.")] = tensor
+        elif parts[0] == "lm_head":
+            out["language_model.lm_head.weight"] = tensor
+        elif parts[0] in ("aligner", "generation_aligner"):
+            number = 0 if parts[1] == "fc1" else 2 * (int(parts[2]) + 1)
+            out[f"{parts[0].replace('generation', 'gen')}.layers.{number}.{parts[-1]}"] = tensor
+        elif parts[0] == "generation_embeddings":
+            out["gen_embed.weight"] = tensor
+        elif parts[0] == "generation_head":
+            out[f"gen_head.{parts[1].replace('proj_out', 'output_mlp_projector')}.{parts[2]}"] = tensor
+        elif parts[0] == "vqmodel":
+            new = name.replace("vqmodel", "gen_vision_model")
+            for old, original in ((".down.", ".conv_blocks."), (".up.", ".conv_blocks."), (".block.", ".res."),
+                                  (".mid.block_1.", ".mid.0."), (".mid.attn_1.", ".mid.1."), (".mid.block_2.", ".mid.2.")):
+                new = new.replace(old, original)
+            out[new] = tensor
+    tower = "vision_model.vision_tower."
+    for end in ("weight", "bias"):
+        out[f"{tower}patch_embed.proj.{end}"] = ours[f"vision_model.embeddings.patch_embedding.{end}"]
+        out[f"{tower}norm.{end}"] = ours[f"vision_model.post_layernorm.{end}"]
+        for i in range(model.config.vision_config.num_hidden_layers):
+            old, new = f"vision_model.encoder.layers.{i}.", f"{tower}blocks.{i}."
+            out[f"{new}attn.qkv.{end}"] = torch.cat([ours[f"{old}self_attn.{part}_proj.{end}"] for part in "qkv"])
+            out[f"{new}attn.proj.{end}"] = ours[f"{old}self_attn.projection_layer.{end}"]
+            for n in "12":
+                out[f"{new}norm{n}.{end}"] = ours[f"{old}layer_norm{n}.{end}"]
+                out[f"{new}mlp.fc{n}.{end}"] = ours[f"{old}mlp.fc{n}.{end}"]
+    out[f"{tower}pos_embed"] = ours["vision_model.embeddings.position_embedding.weight"][None]
+    out[f"{tower}attn_pool.latent"] = torch.zeros(1, 1, 48)  # SigLIP's pooling head and a counter: unused by Janus
+    out[f"{tower}attn_pool.kv.weight"] = torch.zeros(96, 48)
+    out["gen_vision_model.quantize.codebook_used"] = torch.zeros(65536)
+    return {name: tensor.clone() for name, tensor in out.items()}
+
+
+def original_config(model: Janus) -> dict:
+    text, vision, vq = model.config.text_config, model.config.vision_config, model.config.vq_config
+
+    def projector(width_in, depth):
+        params = dict(depth=depth, input_dim=width_in, n_embed=text.hidden_size, projector_type="mlp_gelu")
+        return dict(cls="MlpProjector", model_type="aligner", params=params)
+
+    return dict(
+        model_type="multi_modality", architectures=["MultiModalityCausalLM"], torch_dtype="float32",
+        language_config=dict(
+            model_type="llama", vocab_size=text.vocab_size, hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size, num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads, num_key_value_heads=text.num_key_value_heads,
+            max_position_embeddings=text.max_position_embeddings,
+        ),
+        vision_config=dict(cls="CLIPVisionTower", model_type="vision", params=dict(
+            image_size=vision.image_size, model_name="siglip_large_patch16_384", select_feature="same", select_layer=-1,
+        )),
+        aligner_config=projector(vision.hidden_size, vision.depth),
+        gen_aligner_config=projector(vq.embed_dim, vq.num_hidden_layers),
+        gen_vision_config=dict(cls="VQ-16", model_type="gen_vision", params=dict(
+            image_token_size=vq.num_embeddings, n_embed=vq.embed_dim,
+        )),
+        gen_head_config=dict(cls="vision_head", model_type="gen_head", params=dict(
+            image_token_embed=vq.image_token_embed_dim, image_token_size=vq.num_embeddings, n_embed=text.hidden_size,
+        )),
+    )
+
+
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor], form: str) -> None:
+    ending = "bin" if form.endswith("bin") else "safetensors"
+    stem = "pytorch_model" if ending == "bin" else "model"
+    write = torch.save if ending == "bin" else save_file
+    if "sharded" not in form:
+        return write(tensors, folder / f"{stem}.{ending}")
+    places = {name: f"{stem}-0000{1 + i % 3}-of-00003.{ending}" for i, name in enumerate(tensors)}
+    for file in set(places.values()):
+        write({name: tensors[name] for name in tensors if places[name] == file}, folder / file)
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def write_original(model: Janus, folder: Path, form: str = "safetensors", roles: bool = True, **settings) -> Path:
+    """A folder as DeepSeek published them; its tokenizer's settings name neither the pad token nor the image tags."""
+    folder.mkdir()
+    write_weights(folder, original_tensors(model), form)
+    (folder / "config.json").write_text(json.dumps(original_config(model)))
+    bpe([BOS, EOS, PAD, *IMAGE_TAGS.values(), *(ROLES if roles else [])]).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "LlamaTokenizerFast"}
+    ))
+    (folder / "processor_config.json").write_text(json.dumps(dict(
+        add_special_token=False, ignore_id=-100, image_tag=IMAGE_TAGS["image_token"], mask_prompt=True,
+        num_image_tokens=model.num_image_tokens, processor_class="VLChatProcessor", **{"sft_format": "deepseek", **settings},
+    )))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sixteen():
+    return small_janus(vision_heads=SIGLIP_HEADS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+def test_original_layout_gives_the_same_model(sixteen, form, tmp_path):
+    model = load(str(write_original(sixteen, tmp_path / "original", form)))
+    same_tensors(sixteen, model)
+    images, pixels = random_images(sixteen, PROMPTS), random_pixels(sixteen, 1)
+    assert torch.equal(image_logits(sixteen, images, 5.0, 1.0), image_logits(model, images, 5.0, 1.0))
+    assert torch.equal(sixteen.to_pixels(images.codes), model.to_pixels(images.codes))
+    assert torch.equal(sixteen.image_features(pixels), model.image_features(pixels))
+    assert torch.equal(sixteen.vqmodel.encode(pixels), model.vqmodel.encode(pixels))
+
+
+def test_original_layout_is_saved_as_transformers_layout(sixteen, tmp_path):
+    model = load(str(write_original(sixteen, tmp_path / "original")))
+    save(model, tmp_path / "saved")
+    twin = JanusForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    close(model.image_features(random_pixels(model, 1)), twin.model.get_image_features(random_pixels(model, 1)).pooler_output)
+    again = load(str(tmp_path / "saved"))
+    same_tensors(sixteen, again)
+    assert torch.equal(model.question_prompt(QUESTIONS)[0], again.question_prompt(QUESTIONS)[0])
+
+
+def text_of(model: Janus, ids: torch.Tensor) -> str:
+    return model.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("roles, settings, user, assistant", [
+    (True, {}, "<|User|>", "<|Assistant|>"),
+    (False, {}, "User", "Assistant"),
+    (True, {"sft_format": "deepseek_old"}, "User", "Assistant"),
+])
+def test_prompts_of_the_original_layout(sixteen, tmp_path, roles, settings, user, assistant):
+    model = load(str(write_original(sixteen, tmp_path / "original", roles=roles, **settings)))
+    system = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
+              "user provides, and assist the user with a variety of tasks using natural language.")
+    drawing, asking = model.generation_prompt(["a red ring"])[0][0], model.question_prompt(["Which color?"])[0][0]
+    assert text_of(model, drawing) == f"{BOS}{user}: a red ring\n\n{assistant}:<begin_of_image>"
+    placeholders = "<image_placeholder>" * 16
+    assert text_of(model, asking) == (
+        f"{BOS}{system}\n\n{user}: <begin_of_image>{placeholders}<end_of_image>\nWhich color?\n\n{assistant}:"
+    )
+    tokens = model.tokenizer
+    assert drawing[-1] == tokens.convert_tokens_to_ids("<begin_of_image>")
+    assert (asking == model.config.image_token_id).sum() == 16
+    assert tokens.convert_tokens_to_ids(user) in drawing if user in ROLES else user in text_of(model, drawing)
+
+
+# ---- prompts and padding --------------------------------------------------------------------------------------------
+
+
+def test_unconditional_prompt_keeps_first_and_last_and_padding(janus):
+    pad, bos, boi = janus.tokenizer.convert_tokens_to_ids([PAD, BOS, IMAGE_TAGS["boi_token"]])
+    ids = torch.tensor([[bos, 21, 22, 23, 24, boi], [pad, pad, bos, 25, 26, boi], [pad, pad, pad, pad, bos, boi]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]).bool()
+    assert janus.unconditional(ids, mask).tolist() == [
+        [bos, pad, pad, pad, pad, boi], [pad, pad, bos, pad, pad, boi], [pad, pad, pad, pad, bos, boi]
+    ]
+
+
+def test_prompts_are_padded_on_the_left(janus):
+    ids, mask = janus.generation_prompt(PROMPTS)
+    for prompt, row, real in zip(PROMPTS, ids, mask):
+        alone, _ = janus.generation_prompt([prompt])
+        assert torch.equal(row[real], alone[0])
+        assert (row[~real] == janus.tokenizer.pad_token_id).all() and not real[: (~real).sum()].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_batch_gives_the_image_logprobs_of_one_at_a_time(janus, guidance):
+    images = random_images(janus, PROMPTS)
+    together = token_logprobs(image_logits(janus, images, guidance, 0.7), images.codes)
+    for i, prompt in enumerate(PROMPTS):
+        one = Images(images.codes[i : i + 1], None, *janus.generation_prompt([prompt]))
+        close(token_logprobs(image_logits(janus, one, guidance, 0.7), one.codes), together[i : i + 1])
+
+
+def test_batch_gives_the_answers_of_one_at_a_time(janus):
+    pixels = random_pixels(janus, len(QUESTIONS))
+    for seeds in (None, [1, 2, 3]):
+        together = sample_answers(janus, pixels, QUESTIONS, seeds, max_tokens=6)
+        for i, question in enumerate(QUESTIONS):
+            one = sample_answers(janus, pixels[i : i + 1], [question], seeds and seeds[i : i + 1], max_tokens=6)
+            length = one.ids.shape[1]
+            assert torch.equal(one.ids[0], together.ids[i, :length])
+            close(one.logprobs[0], together.logprobs[i, :length])
+
+
+# ---- the sampler's log-probabilities --------------------------------------------------------------------------------
+
+
+def image_gap(model, prompts, guidance, temperature, before_scoring=None, scoring=None) -> float:
+    """Largest difference between the log-probs that were recorded and those computed again."""
+    images = sample_images(model, prompts, range(len(prompts)), guidance, temperature, compiled=False)
+    if before_scoring:
+        before_scoring()
+    with torch.no_grad():
+        logits = image_logits(model, images, **{"guidance": guidance, "temperature": temperature, **(scoring or {})})
+    return (token_logprobs(logits, images.codes) - images.logprobs).abs().max().item()
+
+
+def answer_gap(model, temperature, seeds, before_scoring=None) -> float:
+    pixels = random_pixels(model, len(QUESTIONS))
+    answers = sample_answers(model, pixels, QUESTIONS, seeds, temperature, max_tokens=6)
+    if before_scoring:
+        before_scoring()
+    with torch.no_grad():
+        logits = answer_logits(model, pixels, QUESTIONS, answers.ids) / (1 if seeds is None else temperature)
+    gap = (token_logprobs(logits, answers.ids) - answers.logprobs).abs()
+    return gap[answers.mask].max().item()
+
+
+@pytest.mark.parametrize("prompts", [EQUAL, PROMPTS], ids=["equal", "unequal"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 5.0])
+def test_recorded_image_logprobs_are_those_computed_again(janus, prompts, guidance, temperature):
+    assert image_gap(janus, prompts, guidance, temperature) <= 1e-4
+
+
+@pytest.mark.parametrize("seeds", [None, [1, 2, 3]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_recorded_answer_logprobs_are_those_computed_again(temperature, seeds):
+    model = small_janus(seed=3)
+    ends_early(model, random_pixels(model, len(QUESTIONS)))
+    assert answer_gap(model, temperature, seeds) <= 1e-4
+
+
+def test_compiled_sampler_draws_the_same_codes_with_the_same_logprobs():
+    janus = small_janus(layers=1, image_size=8)
+    eager, compiled = (sample_images(janus, PROMPTS, [1, 2, 3], 5.0, 0.7, compiled) for compiled in (False, True))
+    assert torch.equal(eager.codes, compiled.codes)
+    close(eager.logprobs, compiled.logprobs)
+    with torch.no_grad():
+        logits = image_logits(janus, compiled, 5.0, 0.7)
+    close(token_logprobs(logits, compiled.codes), compiled.logprobs)
+
+
+def test_compiled_answers_are_the_eager_ones(janus, monkeypatch):
+    captured = torch.compile(sample.step_answer, dynamic=False, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(sample, "compiled_step_answer", captured)  # without code generation, which takes half a minute
+    pixels = random_pixels(janus, len(QUESTIONS))
+    eager, compiled = (sample_answers(janus, pixels, QUESTIONS, [1, 2, 3], 0.7, 6, compiled) for compiled in (False, True))
+    assert torch.equal(eager.ids, compiled.ids)
+    close(eager.logprobs, compiled.logprobs)
+
+
+def test_detached_and_guided_modes_have_one_value_and_two_gradients(janus):
+    images = random_images(janus, PROMPTS)
+    guided, detached = (image_logits(janus, images, 5.0, 1.0, mode) for mode in ("guided", "detached"))
+    assert torch.equal(guided, detached)
+    weight = janus.generation_head.vision_head.weight
+    conditional, free = (image_logits(janus, images, w, 1.0, "guided") for w in (1.0, 0.0))
+    for logits, parts in ((guided, (5.0, -4.0)), (detached, (5.0, 0.0))):
+        gradient = torch.autograd.grad(logits.square().sum() / 2, weight, retain_graph=True)[0]
+        expected = sum(
+            torch.autograd.grad(branch, weight, share * guided.detach(), retain_graph=True)[0]
+            for share, branch in zip(parts, (conditional, free))
+        )
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-2)
+
+
+# Each fault is planted between sampling and scoring; the check above must see every one of them.
+IMAGE_FAULTS = {
+    "hidden states off by one": lambda patch, model: patch.setattr(
+        model.language_model, "forward",
+        lambda *inputs, forward=model.language_model.forward: forward(*inputs).roll(1, dims=1)
+    ),
+    "codes shifted by one": lambda patch, model: patch.setattr(
+        model, "embed_codes", lambda codes, embed=model.embed_codes: embed(codes.roll(1, dims=1))
+    ),
+    "end of sentence instead of pad": lambda patch, model: patch.setattr(
+        Janus, "unconditional", lambda self, ids, mask, right=Janus.unconditional: right(self, ids, mask).masked_fill(
+            mask & (right(self, ids, mask) == self.tokenizer.pad_token_id), self.tokenizer.eos_token_id)
+    ),
+    "unconditional pads hidden": lambda patch, model: patch.setattr(
+        sample, "causal", lambda mask, right=sample.causal: right(mask & (mask.cumsum(1) != 2))
+    ),
+    "padding is looked at": lambda patch, model: patch.setattr(
+        sample, "causal", lambda mask, right=sample.causal: right(torch.ones_like(mask))
+    ),
+    "positions doubled": lambda patch, model: patch.setattr(
+        sample, "positions_of", lambda mask, right=sample.positions_of: 2 * right(mask)
+    ),
+    "future is looked at": lambda patch, model: patch.setattr(
+        sample, "causal", lambda mask: mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+    ),
+    "guidance and temperature swapped": lambda patch, model: patch.setattr(
+        sample, "guide", lambda c, u, w, t, right=sample.guide: right(c, u, t, w)
+    ),
+    "branches swapped": lambda patch, model: patch.setattr(
+        sample, "guide", lambda c, u, w, t, right=sample.guide: right(u, c, w, t)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", IMAGE_FAULTS)
+def test_planted_fault_in_image_scoring_is_seen(fault, monkeypatch):
+    model = small_janus()
+    assert image_gap(model, PROMPTS, 5.0, 0.7, before_scoring=lambda: IMAGE_FAULTS[fault](monkeypatch, model)) > 1e-2
+
+
+@pytest.mark.parametrize("wrong", [dict(mode="conditional"), dict(guidance=1.0), dict(temperature=1.0)], ids=str)
+def test_scoring_another_distribution_than_the_sampled_is_seen(janus, wrong):
+    assert image_gap(janus, PROMPTS, 5.0, 0.7, scoring=wrong) > 1e-2
+
+
+@pytest.mark.parametrize("fault", ["hidden states off by one", "padding is looked at"])
+def test_planted_fault_in_answer_scoring_is_seen(fault, monkeypatch):
+    model = small_janus()
+    plant = lambda: IMAGE_FAULTS[fault](monkeypatch, model)
+    assert answer_gap(model, 1.0, [1, 2, 3], before_scoring=plant) > 1e-2
+
+
+# ---- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def test_seed_decides_the_image_whatever_else_is_in_the_batch(janus):
+    alone = sample_images(janus, ["a red circle"], [7], 5.0, compiled=False)
+    batch = sample_images(janus, [*PROMPTS, "a red circle"], [1, 2, 3, 7], 5.0, compiled=False)
+    first = sample_images(janus, ["a red circle", PROMPTS[1]], [7, 9], 5.0, compiled=False)
+    for images, row in ((batch, 3), (first, 0)):
+        assert torch.equal(images.codes[row], alone.codes[0])
+        close(images.logprobs[row], alone.logprobs[0])
+
+
+def test_other_seeds_give_other_images(janus):
+    codes = sample_images(janus, ["a red circle"] * 8, range(8), 1.0, compiled=False).codes
+    assert len(codes.unique(dim=0)) == 8
+
+
+def test_sampling_leaves_the_global_generator_alone(janus):
+    before = torch.get_rng_state()
+    sample_images(janus, ["a"], [0], 5.0, compiled=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- the draw -------------------------------------------------------------------------------------------------------
+
+
+def chi_square_excess(counts, expected) -> float:
+    """Chi-square of the counts, in standard deviations above its mean (Wilson and Hilferty's cube root), the cells
+    expected fewer than 5 times taken together."""
+    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    spread = 2 / (9 * (len(counts) - 1))
+    return ((np.sum((counts - expected) ** 2 / expected) / (len(counts) - 1)) ** (1 / 3) - 1 + spread) / math.sqrt(spread)
+
+
+def test_draw_follows_the_softmax():
+    logits = 1.5 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    tokens, _ = draw(logits.expand(20_000, 16), uniforms)
+    counts = torch.bincount(tokens, minlength=16)
+    assert chi_square_excess(counts, 20_000 * logits.double().softmax(0)) < 3
+    assert chi_square_excess(counts, 20_000 * (logits.double() / 1.1).softmax(0)) > 6
+
+
+def test_draw_gives_exact_logprobs():
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(64, 1000, generator=generator)
+    tokens, logprobs = draw(logits, torch.rand(64, generator=generator))
+    exact = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    close(logprobs.double(), exact, 1e-5)
+    close(token_logprobs(logits[:, None], tokens[:, None])[:, 0].double(), exact, 1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_draw_takes_the_first_possible_code_at_zero_and_the_last_at_the_top(scale):
+    logits = scale * torch.randn(200, 500, generator=torch.Generator().manual_seed(0))
+    logits[:, :3] = logits[:, -2:] = -math.inf
+    possible = logits.exp() > 1e-4 * logits.exp().sum(-1, keepdim=True)
+    bottom, _ = draw(logits, torch.zeros(200))
+    top, logprobs = draw(logits, torch.full((200,), 1 - 2**-24))
+    assert (bottom == 3).all()
+    assert (top <= 497).all() and (top >= (possible * torch.arange(500)).max(-1).values).all()
+    assert logprobs.isfinite().all()
+
+
+def test_draw_never_takes_a_code_of_no_probability():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 16, generator=generator)
+    impossible = torch.rand(20_000, 16, generator=generator) < 0.5
+    impossible[:, 5] = False
+    logits[impossible] = torch.where(torch.arange(20_000) % 2 == 0, -math.inf, -1e4).repeat_interleave(impossible.sum(1))
+    for uniforms in (torch.rand(20_000, generator=generator), torch.zeros(20_000), torch.full((20_000,), 1 - 2**-24)):
+        tokens, logprobs = draw(logits, uniforms)
+        assert not impossible.gather(1, tokens[:, None]).any()
+        assert logprobs.isfinite().all()
+
+
+def test_first_code_follows_the_softmax_over_seeds():
+    model = small_janus(codes=16, image_size=8, patch_size=4)
+    images = sample_images(model, ["a"] * 2000, range(2000), 2.0, 0.8, compiled=False)
+    one = Images(images.codes[:1], None, images.ids[:1], images.mask[:1])
+    with torch.no_grad():
+        chances = image_logits(model, one, 2.0, 0.8)[0, 0].double().softmax(0)
+    counts = torch.bincount(images.codes[:, 0], minlength=16)
+    assert chi_square_excess(counts, 2000 * chances) < 3
+    assert chi_square_excess(counts, np.full(16, 2000 / 16)) > 6
+
+
+def test_whole_images_follow_their_enumerated_probabilities():
+    model = small_janus(codes=3, image_size=8, patch_size=4)
+    every = torch.tensor(list(product(range(3), repeat=4)))  # [81, 4]
+    ids, mask = model.generation_prompt(["a"] * 81)
+    with torch.no_grad():
+        logits = image_logits(model, Images(every, None, ids, mask), 2.0, 1.0)
+    chances = token_logprobs(logits, every).sum(1).double().exp()
+    assert abs(chances.sum().item() - 1) < 1e-5
+    codes = sample_images(model, ["a"] * 2000, range(2000), 2.0, 1.0, compiled=False).codes
+    counts = torch.bincount(codes @ torch.tensor([27, 9, 3, 1]), minlength=81)
+    assert chi_square_excess(counts, 2000 * chances) < 3
+
+
+# ---- mistakes of the user's -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def user_error(*words):
+    """The block raises a UserError of one line that holds all the words."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_unknown_name_lists_the_names(tmp_path):
+    for name in ("no-such-model", str(tmp_path / "nowhere")):
+        with user_error(repr(name), "tiny", "janus-pro-1b", "janus-pro-7b", "folder"):
+            load(name)
+
+
+def test_empty_folder_is_said_to_lack_a_config(tmp_path):
+    with user_error(str(tmp_path), "config.json"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("content, word", [
+    ("{", "JSON"), ("[]", "JSON"), ("{}", "None"), ('{"model_type": "llama"}', "llama"),
+])
+def test_config_of_something_else_is_refused(copy_of, content, word):
+    (copy_of / "config.json").write_text(content)
+    with user_error(str(copy_of), word):
+        load(str(copy_of))
+
+
+@pytest.mark.parametrize("part, change", [
+    ("text_config", {"hidden_size": "wide"}), ("text_config", {"hidden_act": "relu"}), ("text_config", {"mlp_bias": True}),
+    ("text_config", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    ("vision_config", {"use_qk_norm": True}), ("vision_config", {"patch_size": 0}),
+], ids=str)
+def test_config_of_an_unsupported_kind_is_refused(copy_of, part, change):
+    settings = json.loads((copy_of / "config.json").read_text())
+    edit_json(copy_of / "config.json", **{part: {**settings[part], **change}})
+    with user_error():
+        load(str(copy_of))
+
+
+def test_original_config_with_a_part_missing_is_refused(sixteen, tmp_path):
+    folder = write_original(sixteen, tmp_path / "original")
+    config = json.loads((folder / "config.json").read_text())
+    del config["gen_vision_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with user_error("config.json", "gen_vision_config"):
+        load(str(folder))
+
+
+def test_hub_out_of_reach_is_one_line_that_says_what_to_do(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(model_module, "snapshot_download", unreachable)
+    for name, repository in (("janus-pro-1b", "deepseek-ai/Janus-Pro-1B"), ("some/model", "some/model")):
+        with user_error(repository, "--model FOLDER"):
+            load(name)
+
+
+def test_missing_tensor_is_named(copy_of):
+    edit_tensors(copy_of, lambda tensors: tensors.pop("model.vqmodel.quant_conv.bias"))
+    with user_error("vqmodel.quant_conv.bias", "missing"):
+        load(str(copy_of))
+
+
+def test_unexpected_tensor_is_named(copy_of):
+    edit_tensors(copy_of, lambda tensors: tensors.update({"model.surplus.weight": torch.zeros(1)}))
+    with user_error("surplus.weight"):
+        load(str(copy_of))
+
+
+def test_misshapen_tensor_is_named_with_both_shapes(copy_of):
+    edit_tensors(copy_of, lambda tensors: tensors.update({"model.generation_head.vision_head.bias": torch.zeros(31)}))
+    with user_error("generation_head.vision_head.bias", "[31]", "[32]"):
+        load(str(copy_of))
+
+
+@pytest.mark.parametrize("name, word", [
+    ("gen_vision_model.encoder.conv_in.weight", "vqmodel.encoder.conv_in.weight"),
+    ("language_model.model.layers.1.mlp.up_proj.weight", "language_model.layers.1.mlp.up_proj.weight"),
+])
+def test_missing_tensor_of_the_original_layout_is_named(sixteen, tmp_path, name, word):
+    folder = write_original(sixteen, tmp_path / "original")
+    edit_tensors(folder, lambda tensors: tensors.pop(name))
+    with user_error(word, "missing"):
+        load(str(folder))
+
+
+def test_no_weights_are_said_to_be_missing(copy_of):
+    os.remove(copy_of / "model.safetensors")
+    with user_error(str(copy_of), "model.safetensors", "pytorch_model.bin"):
+        load(str(copy_of))
+
+
+def test_missing_shard_is_named(janus, copy_of):
+    tensors = load_file(copy_of / "model.safetensors")
+    write_weights(copy_of, tensors, "sharded safetensors")
+    os.remove(copy_of / "model-00002-of-00003.safetensors")
+    with user_error("model-00002-of-00003.safetensors"):
+        load(str(copy_of))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"rubbish" * 100])
+def test_damaged_safetensors_is_named(copy_of, damage):
+    path = copy_of / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with user_error(str(path)):
+        load(str(copy_of))
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_is_never_executed(copy_of, tmp_path, zipped):
+    os.remove(copy_of / "model.safetensors")
+    content, mark = io.BytesIO(), tmp_path / "executed"
+    if zipped:
+        torch.save({"lm_head.weight": Malice(mark)}, content)
+    else:
+        pickle.dump({"lm_head.weight": Malice(mark)}, content)
+    (copy_of / "pytorch_model.bin").write_bytes(content.getvalue())
+    with user_error("pytorch_model.bin"):
+        load(str(copy_of))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("token, name", [
+    (PAD, "pad_token"), (BOS, "bos_token"), (EOS, "eos_token"), *((tag, name) for name, tag in IMAGE_TAGS.items()),
+])
+@pytest.mark.parametrize("layout", ["transformers", "original"])
+def test_tokenizer_without_a_special_token_is_refused(layout, token, name, sixteen, saved, tmp_path):
+    folder = tmp_path / "copy"
+    if layout == "original":
+        write_original(sixteen, folder)
+    else:
+        shutil.copytree(saved, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [added for added in tokenizer["added_tokens"] if added["content"] != token]
+    del tokenizer["model"]["vocab"][token]
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with user_error(name, token):
+        load(str(folder))
+
+
+def test_token_outside_the_embedding_is_named(copy_of):
+    vocabulary = Tokenizer.from_file(str(copy_of / "tokenizer.json")).get_vocab()
+    settings = json.loads((copy_of / "config.json").read_text())
+    edit_json(copy_of / "config.json", text_config={**settings["text_config"], "vocab_size": len(vocabulary) - 1})
+    with user_error(repr(max(vocabulary, key=vocabulary.get)), f"{len(vocabulary) - 1} rows"):
+        load(str(copy_of))
+
+
+def test_missing_or_damaged_tokenizer_is_said(copy_of):
+    (copy_of / "tokenizer.json").write_text("{")
+    with user_error(str(copy_of), "tokenizer"):
+        load(str(copy_of))
+    os.remove(copy_of / "tokenizer.json")
+    with user_error(str(copy_of), "tokenizer.json"):
+        load(str(copy_of))
+
+
+def test_file_that_is_no_image_is_refused(janus, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    with user_error("text.png", "not an image"):
+        sample.read_image(janus, str(tmp_path / "text.png"))
+    with user_error("nothing.png", "no such file"):
+        sample.read_image(janus, str(tmp_path / "nothing.png"))
+    with user_error(str(tmp_path)):
+        sample.read_image(janus, str(tmp_path))
+
+
+def test_truncated_image_is_refused(janus, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
+    with user_error("cut.png"):
+        sample.read_image(janus, str(tmp_path / "cut.png"))
+
+
+# ---- pictures and the command line ----------------------------------------------------------------------------------
+
+
+def test_image_file_of_the_models_size_is_read_exactly(janus, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    pixels = sample.read_image(janus, str(tmp_path / "noise.png"))
+    close(pixels, to_pixels(noise[None]), 1e-6)
+    assert np.array_equal(sample.to_uint8(pixels)[0], noise)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (16, 3), (1, 1)])
+@pytest.mark.parametrize("kind", ["RGB", "L", "RGBA", "P"])
+def test_image_file_of_any_size_is_made_square(janus, tmp_path, size, kind):
+    Image.new(kind, size).save(tmp_path / "any.png")
+    pixels = sample.read_image(janus, str(tmp_path / "any.png"))
+    assert pixels.shape == (1, 3, 16, 16) and pixels.min() >= -1 and pixels.max() <= 1
+
+
+def run_sample(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    monkeypatch.setattr(sample, "pick_device", lambda: torch.device("cpu"))
+    sample.run(sample.main)
+
+
+def shell_sample(*arguments):
+    command = [sys.executable, str(Path(sample.__file__)), *map(str, arguments)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_command_draws_a_sheet(saved, tmp_path, janus):
+    sheet = tmp_path / "new folder" / "sheet.png"
+    done = shell_sample("a red ring", "-n", 3, "--seed", 5, "--model", saved, "--no-compile", "--out", sheet)
+    assert done.returncode == 0, done.stderr
+    assert "3 images" in done.stdout and str(sheet) in done.stdout and "guidance 5" in done.stdout
+    picture = np.asarray(Image.open(sheet).convert("RGB"))
+    codes = sample_images(janus, ["a red ring"] * 3, [5, 6, 7], 5.0, compiled=False).codes
+    with torch.no_grad():
+        expected = sample.to_uint8(janus.to_pixels(codes))  # [3, 16, 16, 3]
+    cell = picture.shape[1] // 3
+    for i, image in enumerate(expected):
+        tile = picture[6 : 6 + 144, 6 + i * cell : 6 + i * cell + 144]
+        assert np.array_equal(tile[4::9, 4::9], image)
+
+
+def test_unknown_model_is_one_line_and_exit_code_1():
+    done = shell_sample("a red ring", "--model", "no-such-model", "--no-compile")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "no-such-model" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_answers_a_question(saved, tmp_path, janus, monkeypatch, capsys):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    run_sample(monkeypatch, "--image", tmp_path / "red.png", "--question", "Which color?", "--model", saved)
+    pixels = sample.read_image(janus, str(tmp_path / "red.png"))
+    assert capsys.readouterr().out == sample_answers(janus, pixels, ["Which color?"]).texts[0] + "\n"
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["a", "--image", "b.png", "--question", "c?"], ["a", "--image", "b.png"], ["--image", "b.png"],
+    ["--question", "c?"], ["a", "--question", "c?"], ["a", "-n", "0"], ["a", "-n", "x"], ["a", "--guidance", "-1"],
+    ["a", "--out", "b.txt"], ["a", "--guidance", "nan"], ["a", "--temperature", "0"], ["a", "--temperature", "inf"], ["a", "--seed", "-1"],
+], ids=" ".join)
+def test_bad_usage_exits_with_2(arguments, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_sample(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+# =====================================================================================================================
+# reward.py
+
+SHAPES = Vocabulary(objects=("circle", "square", "triangle", "cross", "diamond", "ring", "heart", "arrow"),
+                    colors=("red", "green", "blue", "yellow", "purple", "white"), counts=(2, 3, 4, 5),
+                    relations=("left of", "right of", "above", "below"))
+
+
+# ---- tasks and prompts ------------------------------------------------------------------------------
+
+def single(noun):
+    return make_task("single_object", [{"class": noun, "count": 1}])
+
+
+def two(first, second):
+    return make_task("two_object", [{"class": first, "count": 1}, {"class": second, "count": 1}])
+
+
+def counting(count, noun):
+    return make_task("counting", [{"class": noun, "count": count}])
+
+
+def colored(color, noun):
+    return make_task("colors", [{"class": noun, "count": 1, "color": color}])
+
+
+def position(subject, relation, reference):
+    return make_task("position", [{"class": reference, "count": 1},
+                                  {"class": subject, "count": 1, "position": [relation, 0]}])
+
+
+def color_attr(color_a, noun_a, color_b, noun_b):
+    return make_task("color_attr", [{"class": noun_a, "count": 1, "color": color_a},
+                                    {"class": noun_b, "count": 1, "color": color_b}])
+
+
+@pytest.mark.parametrize("task, prompt, answer", [
+    (single("bench"), "a photo of a bench", "bench"),
+    (single("hourglass"), "a photo of an hourglass", "hourglass"),
+    (single("unicycle"), "a photo of a unicycle", "unicycle"),
+    (single("umbrella"), "a photo of an umbrella", "umbrella"),
+    (single("scissors"), "a photo of a pair of scissors", "scissors"),
+    (two("bench", "sports ball"), "a photo of a bench and a sports ball",
+     "There is a bench and a sports ball"),
+    (two("skis", "orange"), "a photo of a pair of skis and an orange",
+     "There is a pair of skis and an orange"),
+    (two("broccoli", "axe"), "a photo of a head of broccoli and an axe",
+     "There is a head of broccoli and an axe"),
+    (counting(2, "clock"), "a photo of two clocks", "two clocks"),
+    (counting(3, "knife"), "a photo of three knives", "three knives"),
+    (counting(4, "scissors"), "a photo of four pairs of scissors", "four pairs of scissors"),
+    (counting(5, "cross"), "a photo of five crosses", "five crosses"),
+    (colored("blue", "fire hydrant"), "a photo of a blue fire hydrant", "blue"),
+    (colored("orange", "orange"), "a photo of an orange orange", "orange"),
+    (colored("red", "scissors"), "a photo of a pair of red scissors", "red"),
+    (position("dog", "right of", "teddy bear"), "a photo of a dog right of a teddy bear",
+     "The dog is right of the teddy bear"),
+    (position("scissors", "above", "oven"), "a photo of a pair of scissors above an oven",
+     "The scissors are above the oven"),
+    (color_attr("purple", "wine glass", "black", "apple"),
+     "a photo of a purple wine glass and a black apple",
+     "The wine glass is purple and the apple is black"),
+    (color_attr("orange", "skis", "red", "tie"), "a photo of a pair of orange skis and a red tie",
+     "The skis are orange and the tie is red"),
+])
+def test_prompt_and_answer(task, prompt, answer):
+    assert (task.prompt, task.answer) == (prompt, answer)
+
+
+@pytest.mark.parametrize("noun, one, many", [
+    ("person", "a person", "people"), ("bus", "a bus", "buses"), ("sheep", "a sheep", "sheep"),
+    ("computer mouse", "a computer mouse", "computer mice"), ("wine glass", "a wine glass", "wine glasses"),
+    ("couch", "a couch", "couches"), ("toothbrush", "a toothbrush", "toothbrushes"),
+    ("broccoli", "a head of broccoli", "heads of broccoli"), ("wolf", "a wolf", "wolves"),
+    ("strawberry", "a strawberry", "strawberries"), ("monkey", "a monkey", "monkeys"),
+    ("fox", "a fox", "foxes"), ("tomato", "a tomato", "tomatoes"), ("octopus", "an octopus", "octopuses"),
+    ("skis", "a pair of skis", "pairs of skis"), ("arrow", "an arrow", "arrows"), ("axe", "an axe", "axes"),
+])
+def test_article_and_plural(noun, one, many):
+    assert (article(noun), plural(noun)) == (one, many)
+
+
+def test_vocabulary():
+    assert len(GENEVAL.objects) == len(OUR_OBJECTS) == 80
+    assert len(set(REAL.objects)) == 160
+
+
+def test_task_key_is_the_meaning():
+    assert task_key(position("dog", "left of", "cat")) == task_key(position("cat", "right of", "dog"))
+    assert task_key(position("dog", "above", "cat")) == task_key(position("cat", "below", "dog"))
+    assert task_key(position("dog", "above", "cat")) != task_key(position("cat", "above", "dog"))
+    assert task_key(two("bench", "kite")) == task_key(two("kite", "bench"))
+    assert task_key(color_attr("red", "car", "blue", "cup")) == task_key(color_attr("blue", "cup", "red", "car"))
+    assert task_key(color_attr("red", "car", "blue", "cup")) != task_key(color_attr("red", "cup", "blue", "car"))
+
+
+def test_draws_are_uniform_over_tags_and_never_test_prompts():
+    rng = np.random.default_rng(0)
+    tasks = [draw_task(REAL, rng) for _ in range(20_000)]
+    counts = Counter(task.tag for task in tasks)
+    assert set(counts) == set(TAGS)
+    assert all(3_100 < count < 3_570 for count in counts.values())  # 3333 +- 4.5 standard deviations
+    prompts = {task.prompt for task in geneval_suite()}
+    keys = {task_key(task) for task in geneval_suite()}
+    for task in tasks:
+        assert task.prompt not in prompts and task_key(task) not in keys
+        assert not is_geneval_prompt(task.prompt), task.prompt
+
+
+def test_draws_leave_out_what_is_excluded_and_say_when_nothing_is_left():
+    tiny, rng = Vocabulary(("circle", "square"), ("red", "blue"), (2, 3), ("left of",)), np.random.default_rng(0)
+    circle, square = task_key(single("circle")), task_key(single("square"))
+    drawn = {task_key(draw_task(tiny, rng, {circle}, "single_object")) for _ in range(20)}
+    assert drawn == {square}
+    with pytest.raises(ValueError, match="no single_object task left"):
+        draw_task(tiny, rng, {circle, square}, "single_object")
+
+
+# ---- GenEval's test prompts -------------------------------------------------------------------------
+
+def sha256(lines):
+    return hashlib.sha256("".join(line + "\n" for line in lines).encode()).hexdigest()
+
+
+def test_suite_equals_the_official_files():
+    suite = geneval_suite()
+    assert len(suite) == 553
+    assert (sha256(json.dumps(geneval_metadata(task)) for task in suite)
+            == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13")
+    assert (sha256(task.prompt for task in suite)
+            == "55b6e3650e980c13daf30569eb666e000faf19bfc2b7b4cbe999fcdb7aa9d680")
+
+
+def test_every_test_prompt_is_recognised_in_disguise():
+    for task in geneval_suite():
+        wordings = [task.prompt, task.prompt.upper() + ".", task.prompt.removeprefix("a photo of "),
+                    "  " + task.prompt.replace(" ", "   ") + " . ", task.prompt.replace(" a ", " the "),
+                    make_task(task.tag, task.facts).prompt, make_task(task.tag, task.facts[::-1]).prompt
+                    if task.tag in ("two_object", "color_attr") else task.prompt]
+        if task.tag == "position":
+            reference, subject = (fact["class"] for fact in task.facts)
+            inverse = INVERSE[task.facts[1]["position"][0]]
+            wordings += [f"{reference} {inverse} {subject}", f"An image of a {reference} {inverse} a {subject}"]
+        for wording in wordings:
+            assert is_geneval_prompt(wording), wording
+
+
+@pytest.mark.parametrize("prompt, expected", [
+    # All 80 classes are single-object test prompts; of the others the suite holds samples only.
+    ("A bench.", True), ("An image of a sofa", True), ("scissors", True), ("one pair of scissors", True),
+    ("a photo of a hot dog", True), ("a photo of an orange", True), ("A PHOTO OF PEOPLE", True),
+    ("a photo of a hourglass", False), ("a photo of a circle", False), ("", False), ("a photo of", False),
+    ("a photo of a red circle and a blue square", False),
+    ("a photo of a bench and a sports ball", True), ("a sports ball and a bench", True),
+    ("A ball, and a bench", True), ("a photo of a bench and an accordion", False),
+    ("a photo of two clocks", True), ("2 clocks", True), ("a pair of clocks", True),
+    ("a photo of three clocks", False), ("three people", True), ("a photo of three persons", True),
+    ("a blue fire hydrant", True), ("a photo of a fire hydrant that is blue", True),
+    ("a photo of a red fire hydrant", False), ("a photo of a blue hourglass", False),
+    ("a dog to the right of a teddy bear", True), ("a teddy bear to the left of the dog", True),
+    ("To the left of a dog is a teddy bear", True), ("a photo of a dog left of a teddy bear", False),
+    ("a photo of a dog above a teddy bear", False), ("a pizza on top of a toilet", False),
+    ("a black apple and a purple wine glass", True), ("a wine glass in purple and a black apple", True),
+    ("a black wine glass and a purple apple", False), ("a photo of a purple wine glass and an apple", False),
+])
+def test_is_geneval_prompt(prompt, expected):
+    assert is_geneval_prompt(prompt) is expected
+
+
+# ---- the scorer -------------------------------------------------------------------------------------
+
+BENCH, SOFA, PERSON = single("bench"), single("couch"), single("person")
+HOTDOG, DOG, BEAR, TEDDY = single("hot dog"), single("dog"), single("bear"), single("teddy bear")
+FRUIT, SCISSORS, TV, HOURGLASS = single("orange"), single("scissors"), single("tv"), single("hourglass")
+BENCH_BALL, KNIFE_SHEEP = two("bench", "sports ball"), two("knife", "sheep")
+BAT_GLOVE, ORANGE_CAT = two("baseball bat", "baseball glove"), two("orange", "cat")
+CLOCKS, PEOPLE, PAIRS = counting(2, "clock"), counting(3, "person"), counting(2, "scissors")
+HYDRANT, ORANGE_ORANGE = colored("blue", "fire hydrant"), colored("orange", "orange")
+PURPLE_ORANGE, ORANGE_DOG = colored("purple", "orange"), colored("orange", "dog")
+DOG_TEDDY, CAT_SINK = position("dog", "right of", "teddy bear"), position("cat", "above", "sink")
+GLASS_APPLE = color_attr("purple", "wine glass", "black", "apple")
+CUP_ORANGE = color_attr("orange", "cup", "green", "orange")
+SCISSORS_TIE = color_attr("red", "scissors", "white", "tie")
+CIRCLE, CROSS_RING, SQUARES = single("circle"), two("cross", "ring"), counting(5, "square")
+RED_HEART, SQUARE_CIRCLE = colored("red", "heart"), position("square", "left of", "circle")
+ARROW_DIAMOND = position("arrow", "below", "diamond")
+RED_BLUE = color_attr("red", "circle", "blue", "square")
+
+# (answer, task, exact, partial); partial is written only where it is not the same as exact.
+REAL_ANSWERS = [
+    # single_object: taken
+    ("bench", BENCH, 1), ("Bench.", BENCH, 1), ("A BENCH", BENCH, 1), ("an bench", BENCH, 1),
+    ("benches", BENCH, 1), ("one bench", BENCH, 1), ("a single bench", BENCH, 1),
+    ("In this image, the main item is a bench.", BENCH, 1), ("The main item in this image is a bench.", BENCH, 1),
+    ("It's a wooden park bench in a garden.", BENCH, 1), ("**Bench**", BENCH, 1), ("bench\n", BENCH, 1),
+    ("This appears to be a red bench.", BENCH, 1), ("There is only one bench here.", BENCH, 1),
+    ("sofa", SOFA, 1), ("a leather couch", SOFA, 1), ("a man", PERSON, 1), ("two women", PERSON, 0),
+    ("People", PERSON, 1), ("a little girl smiling", PERSON, 1),
+    ("a hot dog", HOTDOG, 1), ("hotdog", HOTDOG, 1), ("hot-dog", HOTDOG, 1), ("teddy bear", TEDDY, 1),
+    ("a stuffed bear", TEDDY, 1), ("a brown bear", BEAR, 1), ("dog", DOG, 1), ("a black and white dog", DOG, 1),
+    ("orange", FRUIT, 1), ("an orange", FRUIT, 1), ("The main item is orange.", FRUIT, 1),
+    ("two oranges", FRUIT, 0), ("an orange fruit", FRUIT, 1), ("an orange cat", single("cat"), 1),
+    ("The cat is orange.", single("cat"), 1), ("a orange tabby cat", single("cat"), 1),
+    ("scissors", SCISSORS, 1), ("a pair of scissors", SCISSORS, 1), ("a pair of red scissors", SCISSORS, 1),
+    ("TV", TV, 1), ("a television set", TV, 1), ("a flat-screen TV", TV, 1), ("hour glass", HOURGLASS, 0),
+    ("an hourglass", HOURGLASS, 1), ("remote", single("tv remote"), 1), ("a mobile phone", single("cell phone"), 1),
+    ("smartphone", single("cell phone"), 1), ("a hairdryer", single("hair drier"), 1),
+    ("doughnut", single("donut"), 1), ("motorbike", single("motorcycle"), 1), ("a bike", single("bicycle"), 1),
+    ("plane", single("airplane"), 1), ("a microwave oven", single("microwave"), 1),
+    ("mice", single("computer mouse"), 1), ("racket", single("tennis racket"), 1),
+    ("a glass of wine", single("wine glass"), 1), ("that's right, a cat", single("cat"), 1),
+    # single_object: refused
+    ("", BENCH, 0), ("   ", BENCH, 0), ("...", BENCH, 0), ("image", BENCH, 0), ("chair", BENCH, 0),
+    ("There is no bench.", BENCH, 0), ("not a bench", BENCH, 0), ("It isn't a bench", BENCH, 0),
+    ("It isn’t a bench", BENCH, 0), ("It cannot be a bench", BENCH, 0), ("a park without a bench", BENCH, 0),
+    ("a bench or a chair", BENCH, 0), ("bench/chair", BENCH, 0), ("maybe a bench", BENCH, 0),
+    ("Is it a bench?", BENCH, 0), ("It could be a bench", BENCH, 0), ("a bench instead of a chair", BENCH, 0),
+    ("a bench and a chair", BENCH, 0), ("a dog on a bench", BENCH, 0), ("three benches", BENCH, 0),
+    ("zero benches", BENCH, 0), ("bench bench bench bench", BENCH, 0), ("a bench, a bench, a bench", BENCH, 0),
+    ("a bench " + "in the park " * 3, BENCH, 0),
+    ("bench " + " ".join(f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(70)), BENCH, 0),
+    ("dog", HOTDOG, 0), ("hot dog", DOG, 0), ("bear", TEDDY, 0), ("teddy bear", BEAR, 0),
+    ("orange cat", FRUIT, 0), ("an orange and a cat", FRUIT, 0), ("baseball bat", single("baseball glove"), 0),
+    ("benchmark", BENCH, 0), ("doghouse", DOG, 0), ("wine", single("wine glass"), 0),
+    (", ".join(REAL.objects), BENCH, 0), (" ".join(REAL.objects[10:40]), BENCH, 0),
+    # two_object
+    ("There is a bench and a sports ball", BENCH_BALL, 1), ("a sports ball and a bench", BENCH_BALL, 1),
+    ("Bench, ball", BENCH_BALL, 1), ("1. A bench\n2. A soccer ball", BENCH_BALL, 1),
+    ("The two items are a bench and a ball.", BENCH_BALL, 1), ("a ball on a bench", BENCH_BALL, 1),
+    ("benches and balls", BENCH_BALL, 1), ("a bench with a basketball next to it", BENCH_BALL, 1),
+    ("A bench & a football.", BENCH_BALL, 1), ("an orange ball on a bench", BENCH_BALL, 1),
+    ("There are two items: a bench and a tennis ball", BENCH_BALL, 1),
+    ("There is a bench", BENCH_BALL, 0, .5), ("ball", BENCH_BALL, 0, .5), ("a bench and a unicorn", BENCH_BALL, 0, .5),
+    ("", BENCH_BALL, 0), ("There are two items.", BENCH_BALL, 0), ("a bench and a chair", BENCH_BALL, 0),
+    ("a bench, a ball and a cat", BENCH_BALL, 0), ("a bench but no ball", BENCH_BALL, 0),
+    ("a bench, and there isn't a ball", BENCH_BALL, 0), ("a bench or a ball", BENCH_BALL, 0),
+    ("two benches and a ball", BENCH_BALL, 0), ("bench, ball, bench, ball, bench, ball", BENCH_BALL, 0),
+    ("either a bench or a ball", BENCH_BALL, 0), (", ".join(REAL.objects), BENCH_BALL, 0),
+    ("a knife and a sheep", KNIFE_SHEEP, 1), ("knives and sheep", KNIFE_SHEEP, 1),
+    ("a lamb and knifes", KNIFE_SHEEP, 1), ("sheep", KNIFE_SHEEP, 0, .5),
+    ("a baseball bat and a baseball glove", BAT_GLOVE, 1), ("a bat and a glove", BAT_GLOVE, 1),
+    ("a baseball and a baseball bat", BAT_GLOVE, 0), ("a baseball glove", BAT_GLOVE, 0, .5),
+    ("an orange and a cat", ORANGE_CAT, 1), ("an orange cat", ORANGE_CAT, 0, .5),
+    ("a cat and oranges", ORANGE_CAT, 1), ("an orange cat and an orange", ORANGE_CAT, 1),
+    ("a cat and orange", ORANGE_CAT, 1), ("The cat is orange", ORANGE_CAT, 0, .5),
+    # counting
+    ("two clocks", CLOCKS, 1), ("2", CLOCKS, 1), ("Two.", CLOCKS, 1), ("There are two clocks", CLOCKS, 1),
+    ("There are 2 items in this image.", CLOCKS, 1), ("Two wall clocks", CLOCKS, 1), ("a pair of clocks", CLOCKS, 1),
+    ("There are two items, both clocks.", CLOCKS, 1), ("The answer is 2.", CLOCKS, 1),
+    ("There are two clocks, one on the left and one on the right.", CLOCKS, 1),
+    ("two blue clocks", CLOCKS, 1), ("a couple of clocks", CLOCKS, 1),
+    ("two clocks in the image: two.", CLOCKS, 1),
+    ("three clocks", CLOCKS, 0), ("3", CLOCKS, 0), ("clocks", CLOCKS, 0), ("a clock", CLOCKS, 0),
+    ("", CLOCKS, 0), ("two dogs", CLOCKS, 0), ("two clocks and a dog", CLOCKS, 0), ("two, three", CLOCKS, 0),
+    ("2 or 3", CLOCKS, 0), ("2-3", CLOCKS, 0), ("one, two, three, four", CLOCKS, 0), ("one two", CLOCKS, 0),
+    ("not two clocks", CLOCKS, 0), ("more than two clocks", CLOCKS, 0), ("at least two", CLOCKS, 0),
+    ("twenty two", CLOCKS, 0), ("two hundred", CLOCKS, 0), ("22", CLOCKS, 0), ("2.5", CLOCKS, 0),
+    ("two clocks and one clock", CLOCKS, 0), ("two clocks and a clock", CLOCKS, 0), ("several clocks", CLOCKS, 0),
+    ("two clocks and another clock", CLOCKS, 0), ("maybe two", CLOCKS, 0), ("two?", CLOCKS, 0),
+    ("2 2 2 2 2", CLOCKS, 0), ("a dozen clocks", CLOCKS, 0), ("2" * 5000, CLOCKS, 0), ("one clock", CLOCKS, 0), ("one", CLOCKS, 0),
+    ("three people", PEOPLE, 1), ("3 men", PEOPLE, 1), ("three persons", PEOPLE, 1), ("Three women.", PEOPLE, 1),
+    ("two men and a woman", PEOPLE, 0), ("three dogs", PEOPLE, 0),
+    ("two pairs of scissors", PAIRS, 1), ("two scissors", PAIRS, 1), ("a pair of scissors", PAIRS, 0),
+    # colors
+    ("blue", HYDRANT, 1), ("Blue.", HYDRANT, 1), ("The fire hydrant is blue", HYDRANT, 1), ("It's blue.", HYDRANT, 1),
+    ("The color of the object is blue.", HYDRANT, 1), ("a blue fire hydrant", HYDRANT, 1), ("light blue", HYDRANT, 1),
+    ("navy blue", HYDRANT, 1), ("The hydrant is a bright blue color.", HYDRANT, 1), ("Color: blue", HYDRANT, 1),
+    ("red", HYDRANT, 0), ("", HYDRANT, 0), ("fire hydrant", HYDRANT, 0), ("red or blue", HYDRANT, 0),
+    ("red and blue", HYDRANT, 0), ("blue, red", HYDRANT, 0), ("not blue", HYDRANT, 0), ("blue and silver", HYDRANT, 0),
+    ("a blue bench", HYDRANT, 0), ("The bench is blue", HYDRANT, 0), ("It is blue, not red", HYDRANT, 0),
+    ("a red and blue hydrant", HYDRANT, 0), ("blue/green", HYDRANT, 0), ("blue-green", HYDRANT, 0),
+    (" ".join(REAL.colors), HYDRANT, 0), ("blue blue blue", HYDRANT, 0), ("bluish", HYDRANT, 0),
+    ("two blue hydrants", HYDRANT, 0), ("violet", colored("purple", "book"), 1), ("gray", colored("black", "book"), 0),
+    ("orange", ORANGE_ORANGE, 1), ("The orange is orange.", ORANGE_ORANGE, 1), ("an orange orange", ORANGE_ORANGE, 1),
+    ("an orange", ORANGE_ORANGE, 0), ("It is orange", ORANGE_ORANGE, 1), ("orange color", ORANGE_ORANGE, 1),
+    ("purple", PURPLE_ORANGE, 1), ("The orange is purple.", PURPLE_ORANGE, 1), ("a purple orange", PURPLE_ORANGE, 1),
+    ("orange", PURPLE_ORANGE, 0), ("purple and orange", PURPLE_ORANGE, 0), ("an orange orange", PURPLE_ORANGE, 0),
+    ("The dog is orange", ORANGE_DOG, 1), ("an orange dog", ORANGE_DOG, 1), ("orange", ORANGE_DOG, 1),
+    ("The dog is orange and white", ORANGE_DOG, 0), ("an orange and a dog", ORANGE_DOG, 0),
+    # position
+    ("The dog is right of the teddy bear", DOG_TEDDY, 1), ("The dog is to the right of the teddy bear.", DOG_TEDDY, 1),
+    ("The teddy bear is to the left of the dog.", DOG_TEDDY, 1), ("a dog right of a teddy bear", DOG_TEDDY, 1),
+    ("A dog is on the right side of a teddy bear.", DOG_TEDDY, 1), ("To the right of the teddy bear is a dog.", DOG_TEDDY, 1),
+    ("The teddy bear is on the left and the dog is on the right.", DOG_TEDDY, 1),
+    ("On the left is a teddy bear, and on the right is a dog.", DOG_TEDDY, 1),
+    ("A dog on the right side of the image and a teddy bear on the left side of the image.", DOG_TEDDY, 1),
+    ("There is a dog and a teddy bear. The dog is to the right of the teddy bear.", DOG_TEDDY, 1),
+    ("The dog is right of the teddy bear and the teddy bear is left of the dog.", DOG_TEDDY, 1),
+    ("The two objects are a dog and a teddy bear, and the dog is right of the teddy bear.", DOG_TEDDY, 1),
+    ("The teddy bear sits on the left hand side of the puppy.", DOG_TEDDY, 1),
+    ("That's right, the dog is right of the teddy bear.", DOG_TEDDY, 1),
+    ("The teddy bear is left, the dog is right.", DOG_TEDDY, 1),
+    ("The dog is positioned to the right of the teddy bear, looking to the left.", DOG_TEDDY, 1),
+    ("The dog, which is brown, is to the right of the teddy bear", DOG_TEDDY, 1),
+    ("The dog is left of the teddy bear", DOG_TEDDY, 0), ("The teddy bear is right of the dog", DOG_TEDDY, 0),
+    ("To the right of the dog is a teddy bear.", DOG_TEDDY, 0),
+    ("The dog is on the left and the teddy bear is on the right.", DOG_TEDDY, 0),
+    ("the dog is left and right of the teddy bear", DOG_TEDDY, 0),
+    ("the dog is right and left of the teddy bear", DOG_TEDDY, 0),
+    ("the dog is to the right of the teddy bear and to the left of the teddy bear", DOG_TEDDY, 0),
+    ("the dog is above and to the right of the teddy bear", DOG_TEDDY, 0),
+    ("the dog is right of the teddy bear or above it", DOG_TEDDY, 0),
+    ("the dog is right of, left of, above, below the teddy bear", DOG_TEDDY, 0),
+    ("the dog is not right of the teddy bear", DOG_TEDDY, 0), ("the dog is right of the bear", DOG_TEDDY, 0),
+    ("the dog is right of the teddy bear and the cat", DOG_TEDDY, 0), ("the hot dog is right of the teddy bear", DOG_TEDDY, 0),
+    ("two dogs right of the teddy bear", DOG_TEDDY, 0), ("", DOG_TEDDY, 0), ("right of", DOG_TEDDY, 0), ("right", DOG_TEDDY, 0),
+    ("the dog is right of the teddy bear. the teddy bear is right of the dog.", DOG_TEDDY, 0),
+    ("a dog and a teddy bear", DOG_TEDDY, 0, 2 / 3), ("The dog is next to the teddy bear", DOG_TEDDY, 0, 2 / 3),
+    ("The dog is right next to the teddy bear", DOG_TEDDY, 0, 2 / 3), ("a dog", DOG_TEDDY, 0, 1 / 3),
+    ("The dog is right of it", DOG_TEDDY, 0, 1 / 3), ("that's right, a dog and a teddy bear", DOG_TEDDY, 0, 2 / 3),
+    # A place may stand before or behind what it is the place of; a pronoun's place is left unread.
+    ("There is a dog and to the right of it is a teddy bear.", DOG_TEDDY, 0, 2 / 3),
+    ("There is a dog and on the right is a teddy bear.", DOG_TEDDY, 0),
+    ("There is a teddy bear and on the right is a dog.", DOG_TEDDY, 1),
+    ("A dog, on its right is a teddy bear", DOG_TEDDY, 0, 2 / 3),
+    ("The teddy bear is to the dog's right", DOG_TEDDY, 0, 2 / 3),
+    ("There is a teddy bear and to the right of the teddy bear is a dog.", DOG_TEDDY, 1),
+    ("Left: teddy bear, right: dog", DOG_TEDDY, 1), ("dog (right), teddy bear (left)", DOG_TEDDY, 1),
+    ("The left object is a teddy bear; the right object is a dog.", DOG_TEDDY, 1),
+    ("In the image, a dog is sitting to the right, and a teddy bear to the left.", DOG_TEDDY, 1),
+    ("The dog and the teddy bear are right of each other", DOG_TEDDY, 0, 2 / 3),
+    ("The dog and the teddy bear are on the right", DOG_TEDDY, 0), ("dog teddy bear right of", DOG_TEDDY, 0, 2 / 3),
+    ("Above the sink there is a cat", CAT_SINK, 1), ("The cat is above it", CAT_SINK, 0, 1 / 3),
+    ("The cat is above, the sink is below.", CAT_SINK, 1), ("The top one is a cat, the bottom one is a sink", CAT_SINK, 1),
+    ("The cat is above the sink", CAT_SINK, 1), ("a cat on top of a sink", CAT_SINK, 1), ("The sink is below the cat", CAT_SINK, 1),
+    ("The sink is under a cat.", CAT_SINK, 1), ("The sink is beneath the cat.", CAT_SINK, 1), ("a cat over a sink", CAT_SINK, 1),
+    ("The cat is at the top and the sink is at the bottom.", CAT_SINK, 1), ("Underneath the cat is a sink", CAT_SINK, 1),
+    ("The cat is directly above the sink", CAT_SINK, 1), ("The cat is right above the sink", CAT_SINK, 1),
+    ("The cat is under the sink", CAT_SINK, 0), ("The cat is in the sink", CAT_SINK, 0, 2 / 3),
+    ("The cat is left of the sink", CAT_SINK, 0), ("The cat is above and below the sink", CAT_SINK, 0),
+    # color_attr
+    ("The wine glass is purple and the apple is black", GLASS_APPLE, 1), ("The apple is black and the wine glass is purple.", GLASS_APPLE, 1),
+    ("a purple wine glass and a black apple", GLASS_APPLE, 1), ("purple wine glass, black apple", GLASS_APPLE, 1),
+    ("A wine glass that is purple and an apple that is black", GLASS_APPLE, 1), ("Wine glass: purple, apple: black", GLASS_APPLE, 1),
+    ("Wine glass (purple), apple (black)", GLASS_APPLE, 1), ("Wine glass - purple\nApple - black", GLASS_APPLE, 1),
+    ("- Purple wine glass\n- Black apple", GLASS_APPLE, 1), ("The wine glass is purple, the apple black.", GLASS_APPLE, 1),
+    ("The image shows a dark purple wine glass next to a shiny black apple.", GLASS_APPLE, 1),
+    ("a wine glass in purple and an apple in black", GLASS_APPLE, 1), ("There is a violet wine glass with a black apple", GLASS_APPLE, 1),
+    ("The color of the wine glass is purple and the color of the apple is black.", GLASS_APPLE, 1),
+    ("The two objects are a purple wine glass and a black apple.", GLASS_APPLE, 1),
+    ("The wine glass looks purple, and the apple looks black.", GLASS_APPLE, 1), ("a purple-colored wine glass and a black apple", GLASS_APPLE, 1),
+    ("There is a wine glass and an apple. The wine glass is purple. The apple is black.", GLASS_APPLE, 1),
+    ("The wine glass is black and the apple is purple", GLASS_APPLE, 0), ("a black wine glass and a purple apple", GLASS_APPLE, 0),
+    ("The wine glass and the apple are purple and black", GLASS_APPLE, 0), ("both the wine glass and the apple are black", GLASS_APPLE, 0),
+    ("The wine glass is purple and black and the apple is purple and black", GLASS_APPLE, 0),
+    ("a purple and black wine glass and a black apple", GLASS_APPLE, 0), ("a purple wine glass and a purple apple", GLASS_APPLE, 0),
+    ("a purple wine glass and a red apple", GLASS_APPLE, 0), ("a purple wine glass and a black chair", GLASS_APPLE, 0),
+    ("The wine glass is purple and the apple is not black", GLASS_APPLE, 0), ("The wine glass is purple or black and the apple is black", GLASS_APPLE, 0),
+    ("two purple wine glasses and a black apple", GLASS_APPLE, 0), ("a purple wine glass, a black apple and a red chair", GLASS_APPLE, 0),
+    ("purple and black", GLASS_APPLE, 0), ("a purple wine glass", GLASS_APPLE, 0, .5),
+    ("a wine glass and an apple", GLASS_APPLE, 0, .5), ("a purple wine glass and an apple", GLASS_APPLE, 0, .75),
+    ("The wine glass and the apple, purple and black", GLASS_APPLE, 0, .5),
+    ("wine glass apple red orange yellow green blue purple pink brown black white", GLASS_APPLE, 0),
+    ("wine glass apple purple black", GLASS_APPLE, 0), ("an apple", GLASS_APPLE, 0, .25),
+    (", ".join(REAL.objects + REAL.colors), GLASS_APPLE, 0),
+    ("The wine glass is purple, while the apple is jet black.", GLASS_APPLE, 1),
+    ("The wine glass's color is purple and the apple's color is black", GLASS_APPLE, 1),
+    ("The wine glass's purple and the apple's black", GLASS_APPLE, 1),
+    ("The wine glass is filled with purple liquid and the apple is black", GLASS_APPLE, 0, .75),
+    ("The wine glass is purple and the apple is black and the apple is purple", GLASS_APPLE, 0),
+    ("purple wine glass, black wine glass, purple apple, black apple", GLASS_APPLE, 0),
+    ("A black apple and a wine glass are purple", GLASS_APPLE, 0),
+    ("The wine glass is purple and the apple is black?", GLASS_APPLE, 0),
+    ("The cup is orange and the orange is green", CUP_ORANGE, 1), ("an orange cup and a green orange", CUP_ORANGE, 1),
+    ("a green orange next to an orange cup", CUP_ORANGE, 1), ("a green cup and an orange orange", CUP_ORANGE, 0),
+    ("The orange is orange and the cup is green", CUP_ORANGE, 0), ("an orange mug and an orange", CUP_ORANGE, 0, .75),
+    ("The scissors are red and the tie is white", SCISSORS_TIE, 1), ("The tie is white and the scissors are red.", SCISSORS_TIE, 1),
+    ("a pair of red scissors and a white necktie", SCISSORS_TIE, 1), ("The scissors are white and the tie is red", SCISSORS_TIE, 0),
+]
+SHAPE_ANSWERS = [
+    ("circle", CIRCLE, 1), ("A red circle.", CIRCLE, 1), ("a white disc on a black background", CIRCLE, 1),
+    ("square", CIRCLE, 0), ("a circle and a square", CIRCLE, 0), ("circles", CIRCLE, 1), ("a red square", CIRCLE, 0),
+    ("two circles", CIRCLE, 0), ("semicircle", CIRCLE, 0),
+    ("There is a cross and a ring", CROSS_RING, 1), ("ring, cross", CROSS_RING, 1), ("a plus sign and a ring", CROSS_RING, 1),
+    ("a cross", CROSS_RING, 0, .5), ("a cross and a circle", CROSS_RING, 0), (", ".join(SHAPES.objects), CROSS_RING, 0),
+    ("five squares", SQUARES, 1), ("5", SQUARES, 1), ("5 red squares", SQUARES, 1), ("four squares", SQUARES, 0),
+    ("five circles", SQUARES, 0), ("2 3 4 5", SQUARES, 0), ("squares", SQUARES, 0),
+    ("red", RED_HEART, 1), ("The heart is red.", RED_HEART, 1), ("a red heart", RED_HEART, 1), ("a red circle", RED_HEART, 0),
+    ("red orange", RED_HEART, 0), ("red green blue yellow purple white", RED_HEART, 0),
+    ("The square is left of the circle", SQUARE_CIRCLE, 1), ("The circle is right of the square", SQUARE_CIRCLE, 1),
+    ("a blue square to the left of a red circle", SQUARE_CIRCLE, 1), ("a red circle to the right of a blue square", SQUARE_CIRCLE, 1),
+    ("The circle is left of the square", SQUARE_CIRCLE, 0), ("The square is above the circle", SQUARE_CIRCLE, 0),
+    ("square circle left right above below", SQUARE_CIRCLE, 0), ("square left circle", SQUARE_CIRCLE, 1),
+    ("The arrow is below the diamond", ARROW_DIAMOND, 1), ("an arrow pointing right under a rhombus", ARROW_DIAMOND, 1),
+    ("The arrow is above the diamond", ARROW_DIAMOND, 0), ("The diamond is over the arrow", ARROW_DIAMOND, 1),
+    ("The circle is red and the square is blue", RED_BLUE, 1), ("a blue square and a red circle", RED_BLUE, 1),
+    ("The circle is blue and the square is red", RED_BLUE, 0), ("a red circle and a red square", RED_BLUE, 0),
+    ("a red and blue circle and a red and blue square", RED_BLUE, 0), ("a red circle and a square", RED_BLUE, 0, .75),
+]
+ROWS = [(row, REAL) for row in REAL_ANSWERS] + [(row, SHAPES) for row in SHAPE_ANSWERS]
+
+
+@pytest.mark.parametrize("row, vocabulary", ROWS, ids=lambda value: repr(value[0])[:60] if type(value) is tuple else "")
+def test_score(row, vocabulary):
+    answer, task, exact = row[:3]
+    partial = row[3] if len(row) > 3 else exact
+    assert score(answer, task, vocabulary) == exact
+    assert score(answer, task, vocabulary, "partial") == pytest.approx(partial)
+
+
+def everything(vocabulary, separator):
+    return separator.join(vocabulary.objects + vocabulary.colors + vocabulary.relations
+                          + tuple(map(str, vocabulary.counts)))
+
+
+@pytest.mark.parametrize("vocabulary", [REAL, SHAPES], ids=["real", "shapes"])
+def test_known_answers_and_lists_of_everything(vocabulary):
+    rng = np.random.default_rng(1)
+    tasks = [draw_task(vocabulary, rng) for _ in range(1_500)]
+    if vocabulary is REAL:
+        tasks += geneval_suite()
+    for task in tasks:
+        for kind in ("exact", "partial"):
+            assert score(task.answer, task, vocabulary, kind) == 1, task
+            assert score(task.prompt, task, vocabulary, kind) == 1, task
+            assert score(everything(vocabulary, " "), task, vocabulary, kind) == 0
+            assert score(everything(vocabulary, ", a "), task, vocabulary, kind) == 0
+
+
+@pytest.mark.parametrize("vocabulary", [REAL, SHAPES], ids=["real", "shapes"])
+@pytest.mark.parametrize("tag", TAGS)
+def test_known_answer_of_another_task_is_wrong(vocabulary, tag):
+    rng = np.random.default_rng(2)
+    tasks = [draw_task(vocabulary, rng, tag=tag) for _ in range(40)]
+    for task in tasks:
+        for other in tasks:
+            same_color = tag == "colors" and task.answer == other.answer  # that is all it asks for
+            if task_key(task) != task_key(other) and not same_color:
+                assert score(other.answer, task, vocabulary) == 0, (other.answer, task)
+
+
+def test_unknown_kind_is_an_error():
+    with pytest.raises(ValueError, match="kind"):
+        score("bench", BENCH, REAL, "strict")
+
+# =====================================================================================================================
+# grpo.py, tiny/world.py and evaluate.py
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grpo.py: the objective
+
+
+def test_group_advantages_by_hand():
+    """Rewards 0 and 1 have mean 0.5 and deviation 0.5; an all-equal group gives no gradient."""
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    advantages = grpo.group_advantages(rewards, eps=0.0 + 1e-12)
+    assert torch.allclose(advantages[0], torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert (advantages[1] == 0).all()
+    assert torch.allclose(advantages[2], torch.tensor([-1.0, -1.0, -1.0, 3.0]) / 3**0.5)
+
+
+def test_clipped_objective_by_hand():
+    """With A > 0 a ratio above 1 + clip earns no more; with A < 0 a ratio below 1 - clip saves no more."""
+    ratio = torch.tensor([[0.5, 1.0, 1.5]])
+    up = grpo.clipped_objective(ratio.log(), torch.zeros(1, 3), torch.tensor([2.0]), 0.2)
+    down = grpo.clipped_objective(ratio.log(), torch.zeros(1, 3), torch.tensor([-2.0]), 0.2)
+    assert torch.allclose(up, torch.tensor([[-1.0, -2.0, -2.4]]))
+    assert torch.allclose(down, torch.tensor([[1.6, 2.0, 3.0]]))
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    """Its mean under the policy, enumerated over the five tokens, is KL(policy || reference); no value is negative."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 5, generator=generator).log_softmax(-1)
+    values = grpo.k3(policy, reference)
+    assert (values >= 0).all()
+    assert torch.allclose((policy.exp() * values).sum(), (policy.exp() * (policy - reference)).sum(), atol=1e-6)
+
+
+def enumerated_policy(monkeypatch):
+    """Two tokens, three codes: nine images, each with its probability, under logits that are the parameters."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(3, generator=generator, dtype=torch.float64).requires_grad_()
+    second = torch.randn(3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    codes = torch.tensor([[a, b] for a in range(3) for b in range(3)])
+
+    def logits(model, images, *settings):
+        return torch.stack((first.expand(len(images.codes), 3), second[images.codes[:, 0]]), dim=1)
+
+    monkeypatch.setattr(grpo, "token_logprobs", lambda l, t: l.log_softmax(-1).gather(-1, t[..., None])[..., 0])
+    monkeypatch.setattr(grpo, "image_logits", logits)
+    logprobs = first.log_softmax(0)[codes[:, 0]] + second.log_softmax(1)[codes[:, 0], codes[:, 1]]
+    return (first, second), codes, logprobs.exp()
+
+
+def flags(**changes):
+    return argparse.Namespace(**{**dict(
+        guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2
+    ), **changes})
+
+
+def test_policy_gradient_equals_the_enumerated_one(monkeypatch):
+    """Weighting each of the nine images' advantage by its probability, the objective's gradient is that of minus the
+    expected reward (over the number of tokens), which autograd computes through the probabilities themselves."""
+    weights, codes, probabilities = enumerated_policy(monkeypatch)
+    rewards = torch.rand(9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    exact = torch.autograd.grad(-(probabilities * rewards).sum() / 2, weights, retain_graph=True)
+    with torch.no_grad():
+        old = grpo.token_logprobs(grpo.image_logits(None, Images(codes, None, None, None)), codes)
+    rollout = grpo.Rollout([], Images(codes, old, None, None), None, None, reference_images=old)
+    loss, _ = grpo.objective(None, rollout, (probabilities * rewards).detach(), flags())
+    for mine, true in zip(torch.autograd.grad(loss, weights), exact):
+        assert torch.allclose(mine, true, atol=1e-12)
+
+
+def test_kl_gradient_equals_the_enumerated_one(monkeypatch):
+    """On policy, the expected gradient of k3's path is not the KL's (the sampling changes too), so it is the pathwise
+    part alone that must match: sum over images of p times the gradient of k3 along it."""
+    weights, codes, probabilities = enumerated_policy(monkeypatch)
+    reference = torch.randn(9, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        old = grpo.token_logprobs(grpo.image_logits(None, Images(codes, None, None, None)), codes)
+    rollout = grpo.Rollout([], Images(codes, old, None, None), None, None, reference_images=reference)
+    loss, sums = grpo.objective(None, rollout, torch.zeros(9, dtype=torch.float64), flags(beta=0.5))
+    difference = reference - old
+    assert torch.allclose(loss, 0.5 * (difference.exp() - difference - 1).mean(1).sum())
+    step = 1e-6
+    with torch.no_grad():  # finite differences in one logit
+        weights[0][1] += step
+        moved = grpo.objective(None, rollout, torch.zeros(9, dtype=torch.float64), flags(beta=0.5))[0]
+        weights[0][1] -= step
+    assert torch.autograd.grad(loss, weights)[0][1].item() == pytest.approx((moved - loss).item() / step, rel=1e-4)
+
+
+def test_reference_does_not_move_with_the_policy(tiny):
+    """After every trainable weight of the policy has moved, the reference says the same to the bit. A reference that
+    borrows the policy's embeddings, as one published trainer's does, is caught."""
+    policy = copy.deepcopy(tiny)
+    policy.vision_model.requires_grad_(False), policy.vqmodel.requires_grad_(False)
+    trainable = [w for w in policy.parameters() if w.requires_grad]
+    reference = grpo.freeze_reference(policy)
+    images = sample_images(policy, ["a photo of a circle"], [0], 3.0, compiled=False)
+
+    def says():
+        with torch.no_grad():
+            return image_logits(reference, images, 3.0, 1.0)
+
+    before = says()
+    with torch.no_grad():
+        for weight in trainable:
+            weight.add_(0.1)
+    assert torch.equal(says(), before)
+    reference.language_model.embed_tokens = policy.language_model.embed_tokens
+    assert not torch.equal(says(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grpo.py: runs
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The tiny checkpoint cut to one layer, so that runs take seconds. It draws badly, which these tests do not mind."""
+    folder = tmp_path_factory.mktemp("small") / "janus"
+    model = load("tiny")
+    model.language_model.layers = model.language_model.layers[:1]
+    model.config.text_config.num_hidden_layers = 1
+    save(model, folder)
+    return str(folder)
+
+
+SHORT = ["--no-compile", "--eval-every", "0", "--eval-images", "1", "--max-tokens", "4", "--reward", "likelihood",
+         "--answer-weight", "0.3"]
+
+
+def run_grpo(*arguments, ranks=0):
+    """grpo.py in a process of its own, by python or by torchrun with so many ranks."""
+    start = [sys.executable, "grpo.py"]
+    if ranks:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "grpo.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*start, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """Four steps of six trajectories on one rank."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    result = run_grpo("--model", small, "--out", out, "--steps", 4, "--save-every", 2, "--prompts", 3, "--group", 2, *SHORT)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_a_run_writes_what_it_promises(finished):
+    out, result = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"model", "mode", "seed", "steps", "seconds", "before", "after"} <= summary.keys()
+    assert {"overall", *TAGS} == summary["after"]["generation"].keys()
+    assert {"ground_truth", "own_images"} <= summary["after"]["understanding"].keys()
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4]
+    documented = grpo.__doc__
+    for key in read_metrics(out)[0]:
+        assert key in documented or key.startswith("reward_") or key == "step", f"{key} is not documented"
+    for name in ("before.png", "after.png", "samples/step_000001.png"):
+        Image.open(out / name).verify()
+    assert "python sample.py" in result.stdout.splitlines()[-1]
+
+
+def test_a_runs_checkpoint_opens_in_transformers(finished):
+    folder = finished[0] / "step_000004"
+    theirs, ours = JanusForConditionalGeneration.from_pretrained(folder).state_dict(), load(str(folder)).state_dict()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name.removeprefix("model.")])
+
+
+def test_first_update_is_on_policy(finished):
+    """Before the first update policy, sampler and reference are one model: ratio 1, KL 0, whatever the padding."""
+    first = read_metrics(finished[0])[0]
+    assert first["rollout_difference"] < 1e-4 and abs(first["ratio"] - 1) < 1e-4
+    assert first["kl_image"] < 1e-7 and first["kl_answer"] < 1e-7 and first["clipped"] == 0
+    assert first["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("prompts, group", [(3, 2), (1, 6)])
+def test_two_ranks_equal_one(small, finished, tmp_path, prompts, group):
+    """Same loss, gradients (through their norm and the updated weights) and rewards, also where one group of six spans
+    both ranks. The rows are padded differently, so equal to 1e-5, not to the bit."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shape = ["--model", small, "--steps", 1, "--prompts", prompts, "--group", group, "--lr", "1e-3", "--warmup", 0, *SHORT]
+    for out, ranks in ((one, 0), (two, 2)):
+        result = run_grpo("--out", out, *shape, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    a, b = read_metrics(one)[0], read_metrics(two)[0]
+    for key in a.keys() - {"seconds"}:
+        assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    a, b = (load(str(out / "step_000001")).state_dict() for out in (one, two))
+    moved = load(small).state_dict()
+    assert any(not torch.equal(a[name], moved[name]) for name in a)
+    for name in a:  # Adam's first step is lr * sign(gradient), so a gradient of the wrong sign would show as 2e-3
+        assert (a[name] - b[name]).abs().mean() < 1e-5, name
+
+
+def test_resume_continues_the_run(small, finished, tmp_path):
+    """Two steps, then two more from the checkpoint, give the four-step run's metrics and weights."""
+    out = tmp_path / "run"
+    shape = ["--model", small, "--out", out, "--save-every", 2, "--prompts", 3, "--group", 2, *SHORT]
+    assert run_grpo(*shape, "--steps", 2).returncode == 0
+    result = run_grpo("--resume", out, "--steps", 4)
+    assert result.returncode == 0, result.stderr
+    for resumed, straight in zip(read_metrics(out), read_metrics(finished[0]), strict=True):
+        assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
+    a, b = (load(str(folder / "step_000004")).state_dict() for folder in (out, finished[0]))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def complain(result, code, *words):
+    """The exit code, and one line on stderr that says these words; no traceback."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("usage:") and not line.startswith(" ")]
+    assert result.returncode == code and len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--group", "1"], "at least 2"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "inf"], "--lr"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "2.5"], "--steps"),
+    (["--beta", "-0.1"], "--beta"),
+    (["--temperature", "0"], "--temperature"),
+    (["--image-weight", "0", "--answer-weight", "0"], "nothing would be trained"),
+    (["--mode", "three-stage"], "two-stage"),
+    (["--reward", "detector"], "likelihood"),
+    (["--prompt", "8"], "unrecognized"),
+])
+def test_wrong_flags_exit_with_2_and_say_why(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        grpo.parse_args(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_users_mistakes_get_one_line(small, finished, tmp_path):
+    complain(run_grpo("--group", 1), 2, "at least 2")
+    complain(run_grpo("--model", "janus-9b", "--out", tmp_path / "a"), 1, "janus-9b", "tiny", "folder")
+    complain(run_grpo("--model", small, "--out", finished[0]), 1, "already holds a run", "--resume")
+    complain(run_grpo("--resume", tmp_path / "nothing"), 1, "no run")
+    assert not (tmp_path / "a").exists()
+
+
+def main_here(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, arguments)])
+    grpo.main()
+
+
+def test_a_batch_that_cannot_be_split_is_refused():
+    nowhere = World(None, [], None, None, 0, 0)
+    for arguments, ranks, words in (
+        (["--prompts", "3", "--group", "3"], 2, "cannot be split over 2 ranks"),
+        (["--prompts", "3", "--group", "4", "--micro-batch", "4"], 2, "--micro-batch 4 does not divide a rank's 6"),
+    ):
+        with pytest.raises(UserError, match=words):
+            grpo.fill_in(grpo.parse_args([*arguments, "--guidance", "3"]), nowhere, None, ranks)
+
+
+def test_steps_without_spread_stop_the_run(small, tmp_path, monkeypatch):
+    """Ten steps in a row whose groups all earn the same: stopped, with advice, and the metrics are there."""
+    monkeypatch.setattr(grpo, "self_reward", lambda model, rollout, world, kind: [1.0] * len(rollout.tasks))
+    with pytest.raises(UserError, match="no group had answers of different reward"):
+        main_here(monkeypatch, "--model", small, "--out", tmp_path, "--steps", 20, "--prompts", 1, "--group", 2, "--beta", 0, *SHORT)
+    lines = read_metrics(tmp_path)
+    assert len(lines) == 10 and all(line["zero_spread"] == 1 and line["grad_norm"] == 0 for line in lines)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(small, tmp_path, monkeypatch):
+    true, calls = grpo.objective, []
+
+    def broken(*arguments):
+        calls.append(1)
+        loss, sums = true(*arguments)
+        return (loss * float("nan"), {**sums, "loss": sums["loss"] * float("nan")}) if len(calls) == 3 else (loss, sums)
+
+    monkeypatch.setattr(grpo, "objective", broken)
+    with pytest.raises(UserError, match="step 3: loss nan"):
+        main_here(monkeypatch, "--model", small, "--out", tmp_path, "--steps", 4, "--save-every", 2, "--prompts", 1, "--group", 2, *SHORT)
+    assert all(tensor.isfinite().all() for tensor in load(str(tmp_path / "step_000002")).state_dict().values())
+    assert (tmp_path / "failed_batch_rank0.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiny/: the shapes world
+
+
+def test_the_worlds_detector_reads_true_pictures_and_no_others():
+    """All true pictures are judged right; a picture of another task of the category is right about as often as chance
+    says (a diamond is the main object of one picture in ten, a given colour of one in six)."""
+    rng, suite = np.random.default_rng(0), shapes.held_out_tasks()
+    tasks = [task for task in suite for _ in range(3)]
+    found = [[Detection(**d) for d in one] for one in shapes.detect(np.stack([shapes.render(t, rng) for t in tasks]))]
+    right = [judge(t, d, shapes.MIN_OVERLAP, shapes.MIN_OVERLAP)[0] for t, d in zip(tasks, found)]
+    assert np.mean(right) == 1
+    shuffled = rng.permutation(len(tasks))
+    wrong = [judge(t, found[i], shapes.MIN_OVERLAP, shapes.MIN_OVERLAP)[0] for t, i in zip(tasks, shuffled)]
+    assert np.mean(wrong) < 0.1
+
+
+def test_no_two_shapes_look_alike_to_the_detector():
+    for name, template in shapes.TEMPLATES.items():
+        scores = shapes.overlaps(np.pad(template, 8))
+        assert scores.pop(name) == 1 and max(scores.values()) < 0.8
+
+
+def test_training_never_draws_a_held_out_task():
+    suite = shapes.held_out_tasks()
+    held_out = {task_key(task) for task in suite}
+    rng = np.random.default_rng(0)
+    assert all(task_key(draw_task(shapes.VOCABULARY, rng, held_out)) not in held_out for _ in range(3000))
+    for tag in TAGS:  # at least twenty, where the category has twice as many
+        assert sum(task.tag == tag for task in suite) == (3 if tag == "single_object" else 20)
+
+
+def test_every_known_answer_of_the_world_is_right():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        task = draw_task(shapes.VOCABULARY, rng)
+        assert score(task.answer, task, shapes.VOCABULARY) == 1, task.answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def thing(name, left, top, color=None, confidence=0.9, size=10):
+    return Detection(name, confidence, (left, top, left + size, top + size), None, color)
+
+
+PAIR = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]
+RIGHT = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}]
+COLORED = [{"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "color": "blue"}]
+VERDICTS = [  # tag, facts, detections, right, words of the reason
+    ("single_object", PAIR[:1], [thing("dog", 0, 0)], True, ""),
+    ("single_object", PAIR[:1], [], False, "expected dog >= 1, found 0"),
+    ("single_object", PAIR[:1], [thing("cat", 0, 0)], False, "found 0"),
+    ("single_object", PAIR[:1], [thing("dog", 0, 0), thing("cat", 20, 0)], True, ""),
+    ("single_object", PAIR[:1], [thing("dog", 0, 0, confidence=0.3)], False, "found 0"),
+    ("single_object", PAIR[:1], [thing("dog", 0, 0, confidence=0.31)], True, ""),
+    ("two_object", PAIR, [thing("dog", 0, 0), thing("cat", 20, 0)], True, ""),
+    ("two_object", PAIR, [thing("dog", 0, 0)], False, "expected cat"),
+    ("two_object", PAIR, [], False, "expected dog >= 1, found 0; expected cat"),
+    ("counting", [{"class": "dog", "count": 2}], [thing("dog", 0, 0, confidence=0.95), thing("dog", 20, 0, confidence=0.95)], True, ""),
+    ("counting", [{"class": "dog", "count": 2}], [thing("dog", 0, 0, confidence=0.95)] * 3, False, "expected dog <= 2, found 3"),
+    ("counting", [{"class": "dog", "count": 2}], [thing("dog", 0, 0, confidence=0.95)], False, "expected dog >= 2, found 1"),
+    ("counting", [{"class": "dog", "count": 2}], [thing("dog", 0, 0, confidence=0.95)] * 2 + [thing("dog", 0, 0, confidence=0.8)], True, ""),
+    ("colors", COLORED[:1], [thing("dog", 0, 0, "red")], True, ""),
+    ("colors", COLORED[:1], [thing("dog", 0, 0, "blue")], False, "expected red dog >= 1, found blue"),
+    ("colors", COLORED[:1], [thing("dog", 0, 0, "blue", 0.95), thing("dog", 20, 0, "red", 0.5)], False, "found blue"),
+    ("color_attr", COLORED, [thing("dog", 0, 0, "red"), thing("cat", 20, 0, "blue")], True, ""),
+    ("color_attr", COLORED, [thing("dog", 0, 0, "blue"), thing("cat", 20, 0, "red")], False, "expected red dog >= 1, found blue; expected blue cat"),
+    ("position", RIGHT, [thing("dog", 40, 0), thing("cat", 0, 0)], True, ""),
+    ("position", RIGHT, [thing("dog", 0, 0), thing("cat", 40, 0)], False, "expected dog right of target"),
+    ("position", RIGHT, [thing("dog", 0, 0), thing("cat", 0, 0)], False, "right of target"),
+    ("position", RIGHT, [thing("dog", 40, 40), thing("cat", 0, 0)], True, ""),  # on a diagonal two relations hold
+    ("position", RIGHT, [thing("dog", 40, 0)], False, "no target for dog"),
+    ("position", RIGHT, [thing("dog", 0, 40), thing("cat", 0, 0)], False, "right of target"),
+]
+
+
+@pytest.mark.parametrize("tag, facts, detections, right, reason", VERDICTS)
+def test_genevals_rules(tag, facts, detections, right, reason):
+    verdict, words = judge(make_task(tag, facts), detections, 0.3, 0.9)
+    assert verdict == right and reason in words and bool(words) != right
+
+
+def test_imbalance_by_hand():
+    """Of ten images: 4 drawn and answered, 2 drawn only, 1 answered only, 3 neither."""
+    pairs = [(True, True)] * 4 + [(True, False)] * 2 + [(False, True)] + [(False, False)] * 3
+    scores = summarize([{"tag": "counting", "drawn": d, "answered": a, "answered_true": True} for d, a in pairs])
+    assert scores["generation"]["counting"] == pytest.approx(0.6) and scores["generation"]["position"] is None
+    assert scores["imbalance"] == pytest.approx({
+        "answered_given_drawn": 4 / 6, "drawn_given_answered": 4 / 5, "disagreement": 0.3, "drawn_not_understood": 0.2,
+        "understood_not_drawn": 0.1,
+    })
+
+
+def test_the_committed_checkpoint_is_a_fair_start(tiny):
+    """Neither hopeless nor solved at drawing, far ahead at understanding."""
+    scores, records = evaluate(tiny, world_of(tiny), tiny.guidance, images_per_prompt=2, compiled=False)
+    assert 0.2 < scores["generation"]["overall"] < 0.75
+    assert scores["understanding"]["ground_truth"] > 0.88
+    assert len(records) == 2 * len(shapes.held_out_tasks())

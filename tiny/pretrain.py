@@ -1,0 +1,324 @@
+"""Pretrains the tiny Janus of `--model tiny` from nothing: text tokenizer, image tokenizer, then the unified model.
+
+    python -m tiny.pretrain --out tiny/janus            # two CPU cores; run again to resume
+
+The base that comes out is like the real ones: it understands far better than it draws. Real models know how to draw
+what they often fail to draw, because their captions were noisy; so here a share of the captions that generation is
+trained on is swapped for another caption of the same category, while understanding sees clean questions.
+"""
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import JanusConfig, JanusProcessor, PreTrainedTokenizerFast
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+from evaluate import evaluate, table, world_of
+from model import Janus, VQModel, chat_template, save
+from reward import INVERSE, TAGS, Task, draw_task, make_task
+from sample import Images, answer_logits, encode_answers, image_logits, to_pixels, to_uint8, token_logprobs
+from tiny.world import GLYPHS, GRID, PALETTE, SIZE, VOCABULARY, detect, layout, paint
+
+CONFIG = dict(
+    text_config=dict(
+        model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
+    ),
+    vision_config=dict(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=4, mlp_ratio=3.0,
+        projection_dim=128, depth=2, num_image_tokens=36,
+    ),
+    vq_config=dict(
+        embed_dim=8, num_embeddings=128, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
+        num_res_blocks=1, projection_dim=128, num_hidden_layers=2, image_token_embed_dim=128,
+    ),
+    tie_word_embeddings=False,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The image tokenizer
+
+
+def random_scenes(count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[list[tuple[str, str]]]]:
+    """Pictures of one to six random objects and what is in them."""
+    images, contents = [], []
+    for _ in range(count):
+        n = rng.integers(1, 7)
+        cells = rng.permutation(GRID * GRID)[:n]
+        objects = [(str(rng.choice(list(GLYPHS))), str(rng.choice(list(PALETTE))), int(cell)) for cell in cells]
+        images.append(paint(objects, rng))
+        contents.append(sorted((shape, color) for shape, color, _ in objects))
+    return np.stack(images), contents
+
+
+def read_back(images: np.ndarray, contents: list) -> float:
+    """Share of pictures in which the detector finds exactly what was drawn."""
+    found = [sorted((d["name"], d["color"]) for d in detections) for detections in detect(images)]
+    return float(np.mean([f == c for f, c in zip(found, contents)]))
+
+
+def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` unit vectors that cover unit `points` [M, E]: spherical k-means, empty clusters restarted at a point."""
+    centres = points[torch.randperm(len(points), generator=generator)[:count]]
+    for _ in range(20):
+        nearest = (points @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        fresh = points[torch.randint(len(points), (count,), generator=generator)]
+        empty = torch.bincount(nearest, minlength=count) == 0
+        centres = F.normalize(torch.where(empty[:, None], fresh, sums), dim=-1)
+    return centres
+
+
+def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
+    """Reconstruction, first of unquantised latents (a quarter of the steps), then through codes initialised by k-means
+    over them, straight-through. Without that start most codes die and shapes are told apart late."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    for step in tqdm(range(steps), desc="image tokenizer"):
+        pixels = to_pixels(random_scenes(64, rng)[0])
+        latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)  # [B, E, h, w], on the sphere
+        loss = 0.0
+        if step == steps // 4:
+            with torch.no_grad():
+                points = torch.cat([
+                    F.normalize(vq.quant_conv(vq.encoder(to_pixels(random_scenes(256, rng)[0]))), dim=1)
+                    for _ in range(4)
+                ])
+                points = points.permute(0, 2, 3, 1).flatten(0, 2)  # [M, E]
+                vq.quantize.embedding.weight.copy_(kmeans(points, len(vq.quantize.embedding.weight), generator))
+        if step >= steps // 4:
+            flat = latents.permute(0, 2, 3, 1)  # [B, h, w, E]
+            nearest = vq.codebook()[(flat @ vq.codebook().T).argmax(-1)]
+            loss = F.mse_loss(nearest, flat.detach()) + 0.25 * F.mse_loss(flat, nearest.detach())
+            latents = latents + (nearest.permute(0, 3, 1, 2) - latents).detach()
+        restored = vq.decoder(vq.post_quant_conv(latents))
+        loss = loss + F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            images, contents = random_scenes(256, np.random.default_rng(7))
+            with torch.no_grad():
+                codes = vq.encode(to_pixels(images))
+                quantised = read_back(to_uint8(vq.decode(codes)), contents)
+                plain = read_back(to_uint8(vq.decoder(vq.post_quant_conv(
+                    F.normalize(vq.quant_conv(vq.encoder(to_pixels(images))), dim=1)))), contents)
+            log(stage="image tokenizer", step=step + 1, loss=loss.item(), read_back=quantised,
+                read_back_unquantised=plain, codes_in_use=len(codes.unique()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tokenizer
+
+
+def build_processor(seed: int) -> JanusProcessor:
+    """Byte-level BPE over the world's prompts, questions and answers in Janus-Pro's turns; any text can be encoded."""
+    special = {
+        "bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>",
+    }
+    tags = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    rng = np.random.default_rng(seed)
+    tasks = [draw_task(VOCABULARY, rng) for _ in range(5000)]
+    corpus = [f": {text}" for task in tasks for text in (task.prompt, f"\n{task.question}", task.answer + "\n\n")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = [*special.values(), *tags.values(), "<|User|>", "<|Assistant|>"]
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=CONFIG["text_config"]["vocab_size"], special_tokens=names, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))
+    begin = special["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
+    return JanusProcessor(
+        JanusImageProcessorPil(
+            size={"height": SIZE, "width": SIZE}, min_size=14, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=tags, **special),
+        chat_template=chat_template("<|User|>", "<|Assistant|>"),
+        num_image_tokens=CONFIG["vision_config"]["num_image_tokens"],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The unified model
+
+# How often each category is drawn. Counts and positions are learned last, and a judge that is wrong about them would
+# be exploited by reinforcement learning, so understanding sees more of them.
+DRAWING = dict(zip(TAGS, (1, 1.5, 2, 1, 1.5, 2)))
+UNDERSTANDING = dict(zip(TAGS, (1, 1, 3, 1, 8, 2)))
+
+
+def draw_tasks(count: int, weights: dict[str, float], rng: np.random.Generator) -> list[Task]:
+    """Tasks of categories in proportion to `weights`."""
+    chances = np.array(list(weights.values())) / sum(weights.values())
+    return [draw_task(VOCABULARY, rng, tag=str(tag)) for tag in rng.choice(list(weights), size=count, p=chances)]
+
+
+def cell_classes(objects: list[tuple[str, str, int]]) -> np.ndarray:
+    """For each of the 36 patches, which shape and colour its cell holds (0: nothing)."""
+    cells = np.zeros((GRID, GRID), dtype=np.int64)
+    for shape, color, cell in objects:
+        cells[divmod(cell, GRID)] = 1 + list(GLYPHS).index(shape) * len(PALETTE) + list(PALETTE).index(color)
+    return cells.repeat(2, 0).repeat(2, 1).ravel()
+
+
+@dataclass
+class Pool:
+    """Scenes with their codes and what the image tokenizer makes of them, computed once because it is the slow part."""
+
+    tasks: list[Task]
+    scenes: list[list[tuple[str, str, int]]]
+    codes: Tensor  # [M, N]
+    restored: Tensor  # [M, 3, H, W] in [-1, 1]
+
+
+@torch.no_grad()
+def make_pool(model: Janus, count: int, rng: np.random.Generator) -> Pool:
+    """`count` scenes, categories in the proportions of DRAWING."""
+    tasks = draw_tasks(count, DRAWING, rng)
+    scenes = [layout(task, rng) for task in tasks]
+    codes, restored = [], []
+    for start in tqdm(range(0, count, 250), desc="encoding scenes", leave=False):
+        images = np.stack([paint(scene, rng) for scene in scenes[start : start + 250]])
+        codes.append(model.vqmodel.encode(to_pixels(images)))
+        restored.append(model.to_pixels(codes[-1]))
+    return Pool(tasks, scenes, torch.cat(codes), torch.cat(restored))
+
+
+def drawing_loss(model: Janus, tasks: list[Task], codes: Tensor, noise: float, rng: np.random.Generator) -> Tensor:
+    """Cross-entropy of the codes given their captions: a share `noise` of these swapped for another of the category, a
+    tenth replaced by the guidance's empty prompt."""
+    captions = [draw_task(VOCABULARY, rng, tag=t.tag).prompt if rng.random() < noise else t.prompt for t in tasks]
+    ids, mask = model.generation_prompt(captions)
+    empty = torch.from_numpy(rng.random(len(tasks)) < 0.1)[:, None]
+    ids = model.unconditional(ids, mask).where(empty, ids)
+    logits = image_logits(model, Images(codes, None, ids, mask), guidance=1, temperature=1)
+    return -token_logprobs(logits, codes).mean()
+
+
+def say(task: Task, rng: np.random.Generator) -> str:
+    """The answer that is learned. Which of two objects a position is told from is free; four times in five it is the
+    one that is read first, because relations are learned much sooner when most answers say `left of` or `above`."""
+    if task.tag == "position" and task.facts[1]["position"][0] in ("right of", "below") and rng.random() < 0.8:
+        first, second = task.facts
+        relation = [INVERSE[second["position"][0]], 0]
+        return make_task("position", [{"class": second["class"], "count": 1}, {**first, "position": relation}]).answer
+    return task.answer
+
+
+def understanding_loss(
+    model: Janus, probe: torch.nn.Linear, pool: Pool, count: int, rng: np.random.Generator
+) -> Tensor:
+    """Cross-entropy of the known answers about true pictures, a third of them as the image tokenizer restores them;
+    plus that of what each patch holds, read by a linear probe off the aligner, which teaches the encoder to see."""
+    old = rng.choice(len(pool.tasks), size=count // 3, replace=False)
+    tasks = draw_tasks(count - len(old), UNDERSTANDING, rng)
+    scenes = [layout(task, rng) for task in tasks]
+    fresh = to_pixels(np.stack([paint(scene, rng) for scene in scenes]))
+    pixels = torch.cat((pool.restored[old], fresh))
+    tasks, scenes = [pool.tasks[i] for i in old] + tasks, [pool.scenes[i] for i in old] + scenes
+    answers, mask = encode_answers(model, [say(task, rng) for task in tasks])
+    logits = answer_logits(model, pixels, [task.question for task in tasks], answers)
+    answer_loss = -token_logprobs(logits, answers)[mask].mean()
+    classes = torch.from_numpy(np.stack([cell_classes(scene) for scene in scenes]))
+    return answer_loss + 0.3 * F.cross_entropy(probe(model.image_features(pixels)).flatten(0, 1), classes.flatten())
+
+
+def train_model(model: Janus, args, state: Path, log) -> None:
+    """Both directions together, for `args.steps` steps; its state goes into `state` every 200 steps."""
+    probe = torch.nn.Linear(CONFIG["text_config"]["hidden_size"], 1 + len(GLYPHS) * len(PALETTE))
+    weights = [p for name, p in model.named_parameters() if not name.startswith("vqmodel.")] + list(probe.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    start = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        start = saved["step"]
+        for part, name in ((model, "model"), (probe, "probe"), (optimizer, "optimizer")):
+            part.load_state_dict(saved[name])
+    pool = make_pool(model, args.scenes, np.random.default_rng(args.seed))
+    world = world_of(model)
+    model.language_model.compile(dynamic=True)  # a minute to compile, then half again as fast
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="model"):
+        rng = np.random.default_rng((args.seed, step))
+        chosen = rng.choice(len(pool.tasks), size=args.batch, replace=False)
+        noise = 0.0 if args.clean[0] <= step < args.clean[1] else args.caption_noise
+        drawing = drawing_loss(model, [pool.tasks[i] for i in chosen], pool.codes[chosen], noise, rng)
+        understanding = understanding_loss(model, probe, pool, args.batch // 2, rng)
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 100, decay)
+        optimizer.zero_grad()
+        (drawing + understanding).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if (step + 1) % 20 == 0:
+            log(stage="model", step=step + 1, drawing=drawing.item(), understanding=understanding.item())
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            content = {"step": step + 1, "model": model.state_dict(), "probe": probe.state_dict(),
+                       "optimizer": optimizer.state_dict()}
+            torch.save(content, state.with_suffix(".partial"))
+            os.replace(state.with_suffix(".partial"), state)
+        if (step + 1) % 400 == 0 or step + 1 == args.steps:
+            scores, _ = evaluate(model, world, model.guidance, images_per_prompt=2, compiled=False)
+            log(stage="model", step=step + 1, scores=scores)
+            tqdm.write(table({"guided": scores}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="pretrain the tiny Janus; run again to resume")
+    parser.add_argument("--out", default="tiny/janus", help="checkpoint folder (default: tiny/janus)")
+    parser.add_argument("--tokenizer-steps", type=int, default=900, help="of the image tokenizer")
+    parser.add_argument("--steps", type=int, default=3100, help="of the unified model")
+    parser.add_argument("--batch", type=int, default=96, help="pictures drawn a step, and twice as many as asked about")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped (default: 0.4)")
+    parser.add_argument("--clean", type=int, nargs=2, default=(1200, 2800), metavar=("FROM", "TO"),
+                        help="steps with clean captions in between, where words take hold (default: 1200 2800)")
+    parser.add_argument("--scenes", type=int, default=20_000, help="pictures to draw from")
+    parser.add_argument("--guidance", type=float, default=3.0, help="the checkpoint's default guidance")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    work = Path(args.out + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+
+    def log(**fields) -> None:
+        with open(work / "log.jsonl", "a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    torch.manual_seed(args.seed)
+    config = JanusConfig(**CONFIG, world="shapes")
+    model = Janus(config, build_processor(args.seed), args.guidance)
+    config.image_token_id = model.tokenizer.convert_tokens_to_ids(model.tokenizer.image_token)
+    for module in model.modules():  # the usual small start; the image tokenizer keeps PyTorch's
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    tokenizer = work / "image_tokenizer.safetensors"
+    if not tokenizer.exists():
+        train_image_tokenizer(model.vqmodel, args.tokenizer_steps, args.seed, log)
+        save_file(model.vqmodel.state_dict(), tokenizer)
+    model.vqmodel.load_state_dict(load_file(tokenizer))
+    model.vqmodel.requires_grad_(False)
+    train_model(model, args, work / "state.pt", log)
+    save(model.to(torch.bfloat16), args.out)  # half the size in the repository; loading widens it again
+    print(f"written: {args.out}; next: python evaluate.py --model {args.out}")
+
+
+if __name__ == "__main__":
+    main()
