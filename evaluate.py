@@ -17,7 +17,6 @@ Writes results.json (scores, conditions, one record an image) and report.png int
 
 import argparse
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -237,11 +236,6 @@ def table(columns: dict[str, dict]) -> str:
                 line += f" {last[part][name] - value:+.3f}"
             lines.append(line)
     return "\n".join(lines)
-
-
-def standard_error(value: float, images: int) -> float:
-    """Of a share of so many images."""
-    return math.sqrt(value * (1 - value) / images)
 
 
 def write_json(path: Path, content: dict | list) -> None:
