@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from model import NAMES, Janus, UserError, load
@@ -259,6 +260,132 @@ def report(records: list[dict], path: Path, columns: int = 12) -> None:
         for r in chosen
     ]
     contact_sheet(np.stack([r["image"] for r in chosen]), captions, path, columns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a training run, written by sft.py and grpo.py alike
+
+
+def resumed(args: argparse.Namespace, script: str) -> argparse.Namespace:
+    """The flags of the run that `--resume` names, with more steps if they are given; refuses another script's run, and
+    a mode that is not the run's."""
+    path = Path(args.resume) / "args.json"
+    if not path.exists():
+        raise UserError(f"{args.resume}: holds no run of {script} (no args.json)")
+    saved = json.loads(path.read_text())
+    if saved["script"] != script:
+        raise UserError(f"{args.resume}: holds a run of {saved['script']}; resume it with that")
+    if args.mode not in (None, saved["mode"]):
+        raise UserError(f"{args.resume}: holds a run of --mode {saved['mode']}, which cannot go on as {args.mode}")
+    changes = {"resume": args.resume, "out": args.resume, **({"steps": args.steps} if args.steps else {})}
+    return argparse.Namespace(**{**saved, **changes})
+
+
+def fill_in(args: argparse.Namespace, defaults: dict, model: Janus, ranks: int) -> None:
+    """The recommended values for the flags that were left out; refuses what cannot be split over the ranks."""
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.guidance = model.guidance if args.guidance is None else args.guidance
+    images = args.prompts * args.group
+    if images % ranks:
+        raise UserError(f"{args.prompts} prompts x {args.group} images a step cannot be split over {ranks} ranks")
+    args.micro_batch = min(args.micro_batch or images, images // ranks)
+    if images // ranks % args.micro_batch:
+        raise UserError(f"--micro-batch {args.micro_batch} does not divide a rank's {images // ranks} images")
+
+
+def open_run(args, rank: int) -> tuple[Path, int]:
+    """The output folder, and the step to start from. A folder that holds a run is refused unless it is resumed."""
+    out = Path(args.out)
+    if args.resume:
+        start = max((int(path.name[5:]) for path in out.glob("step_*") if path.name[5:].isdigit()), default=0)
+        if start >= args.steps:
+            raise UserError(f"{out} already has {start} steps: give more with --steps")
+        if rank == 0 and (out / "metrics.jsonl").exists():  # steps after the checkpoint are run, and logged, again
+            lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        return out, start
+    if (out / "args.json").exists():
+        raise UserError(f"{out} already holds a run: give another --out, or go on with --resume {out}")
+    if dist.is_initialized():
+        dist.barrier()  # every rank has looked before the first one writes
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_json(out / "args.json", vars(args))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    return out, 0
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restores the optimizer's state from a checkpoint folder."""
+    try:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: no optimizer state to resume from ({str(error).splitlines()[0]})") from None
+
+
+def contact_sheet_of(rollouts: Sequence, rewards: Sequence[float], path: Path, count: int = 24) -> None:
+    """A contact sheet of this rank's trajectories (tasks, pixels, answers), evenly chosen: prompt, answer, reward."""
+    pixels = np.concatenate([to_uint8(r.pixels) for r in rollouts])
+    prompts = [task.prompt.removeprefix("a photo of ") for r in rollouts for task in r.tasks]
+    texts = [text for r in rollouts for text in r.answers.texts]
+    chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int)
+    captions = [f"{prompts[i]}\nsays: {texts[i]}\nreward {rewards[i]:.2f}" for i in chosen]
+    contact_sheet(pixels[chosen], captions, path)
+
+
+CURVES = {"self-reward": "#d9822b", "detector": "#2b6cd9", "understanding": "#3a9d5d"}
+
+
+def curves(runs: Sequence[Path], path: Path, width: int = 640, height: int = 320) -> None:
+    """A picture of runs' self-reward on training prompts (mean of five steps), and of the detector's score and the
+    understanding of true pictures on held-out prompts, against steps; one thin line a run."""
+    lines = []  # (name, [(step, value)])
+    for run_ in runs:
+        steps = [json.loads(line) for line in (run_ / "metrics.jsonl").read_text().splitlines()]
+        scores = json.loads((run_ / "summary.json").read_text())
+        held_out = [(line["step"], line["held_out"]) for line in steps if "held_out" in line]
+        rewards = [line["reward"] for line in steps]
+        smooth = [(line["step"], np.mean(rewards[max(i - 4, 0) : i + 1])) for i, line in enumerate(steps)]
+        lines.append(("self-reward", smooth))
+        for name, part, key, short in (("detector", "generation", "overall", "generation"),
+                                       ("understanding", "understanding", "ground_truth", "ground_truth")):
+            ends = [(step, scores[when][part][key]) for step, when in ((0, "before"), (scores["steps"], "after"))]
+            lines.append((name, ends[:1] + [(step, values[short]) for step, values in held_out] + ends[1:]))
+    last = max(step for _, points in lines for step, _ in points)
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    place = lambda step, value: (36 + (width - 48) * step / last, height - 24 - (height - 48) * value)
+    for tenth in range(0, 11, 2):
+        pen.line([place(0, tenth / 10), place(last, tenth / 10)], "#dddddd")
+        pen.text((8, place(0, tenth / 10)[1] - 6), f"{tenth / 10:.1f}", "black")
+    for name, points in lines:
+        if all(value is not None for _, value in points):
+            pen.line([place(step, value) for step, value in points], CURVES[name], 2)
+    for i, (name, color) in enumerate(CURVES.items()):
+        pen.text((40 + 130 * i, 4), name, color)
+    pen.text((width - 90, height - 16), f"{last} steps", "black")
+    picture.save(path)
+
+
+def finish(args, before: dict, after: dict, records: list[dict], world: World, seconds: float) -> None:
+    """summary.json, after.png and the table, with the conditions of the scores and what to do next."""
+    out = Path(args.out)
+    summary = {"model": args.model, "mode": args.mode, "seed": args.seed, "steps": args.steps, "seconds": seconds}
+    write_json(out / "summary.json", {**summary, "before": before, "after": after})
+    report(records, out / "after.png")
+    curves([out], out / "curves.png")
+    print(table({"before": before, "after": after}))
+    print(f"{args.eval_images} images for each of {len(world.suite)} held-out prompts, guidance {args.guidance:g}, "
+          f"temperature {args.temperature:g}, evaluation seed 0; {seconds:.0f} s in all")
+    print(f"look at {out}/curves.png, before.png and after.png; then: python sample.py \"{world.suite[0].prompt}\" "
+          f"--model {out}/step_{args.steps:06d}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

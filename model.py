@@ -14,6 +14,7 @@ Nothing here knows about sampling, rewards or training. Modules carry the names 
 Written against, and tested to agree with, transformers 5.23.0 (models/janus) and github.com/deepseek-ai/Janus.
 """
 
+import copy
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, JanusConfig, JanusProcessor, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
@@ -40,12 +42,31 @@ NAMES = {  # what --model takes, besides any hub id and any folder
 }
 
 
+PARTS = (  # of a Janus, which train or stay frozen as a whole
+    "language_model", "lm_head", "vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner",
+    "generation_head",
+)
+
+
 class UserError(Exception):
     """A mistake of the user's: scripts print it as one line and exit with 1, without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The trunk: LLaMA, with grouped-query attention and a static key-value cache
+
+
+def run_block(block: nn.Module, *inputs) -> Tensor:
+    """block(*inputs). Where `Janus.recompute` asked for it, what happens inside is not kept for the backward pass but
+    computed again there: memory for a third more time."""
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -55,8 +76,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # float32, or bf16 loses the mean
-        return self.weight * (x.float() * scale).to(x.dtype)
+        wide = widen(x)  # bf16 would lose the mean
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,6 +123,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    recompute = False
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -155,7 +179,7 @@ class LanguageModel(nn.Module):
         angles = positions[:, None, :, None].float() * speed.repeat(2)  # [B, 1, T, d]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache[i] if cache else None, slots)
+            x = run_block(layer, x, cos, sin, mask, cache[i] if cache else None, slots)
         return self.norm(x)
 
 
@@ -186,6 +210,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
+    recompute = False
+
     def __init__(self, config):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
@@ -217,7 +243,7 @@ class VisionModel(nn.Module):
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, M, C]
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
-            x = layer(x)
+            x = run_block(layer, x)
         return self.post_layernorm(x)
 
 
@@ -241,6 +267,8 @@ class Aligner(nn.Module):
 
 
 class ResnetBlock(nn.Module):
+    recompute = False
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(32, c_in, eps=1e-6), nn.GroupNorm(32, c_out, eps=1e-6)
@@ -255,6 +283,8 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
+    recompute = False
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
@@ -286,7 +316,9 @@ class Mid(nn.Module):
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for block in (self.block_1, self.attn_1, self.block_2):
+            x = run_block(block, x)
+        return x
 
 
 class Level(nn.Module):
@@ -301,9 +333,9 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = run_block(block, x)
             if len(self.attn):
-                x = self.attn[i](x)
+                x = run_block(self.attn[i], x)
         for resample in ("downsample", "upsample"):
             if hasattr(self, resample):
                 x = getattr(self, resample)(x)
@@ -439,6 +471,12 @@ class Janus(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.lm_head.weight.dtype
 
+    def recompute(self, on: bool) -> None:
+        """Gradient checkpointing of every block of trunk, SigLIP and image tokenizer."""
+        for module in self.modules():
+            if isinstance(module, (DecoderLayer, VisionLayer, ResnetBlock, AttnBlock)):
+                module.recompute = on
+
     def embed_text(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]"""
         return self.language_model.embed_tokens(ids)
@@ -510,6 +548,15 @@ SYSTEM_PROMPT = (  # the original's, kept word for word because the weights were
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language.\n\n"
 )
+
+
+def frozen_copy(model: Janus) -> Janus:
+    """A copy of the whole model that never learns. The KL is to what it thinks through its *own* embeddings, aligners
+    and heads; parts that do not learn in the model either are shared, to save memory."""
+    parts = (model.vision_model, model.vqmodel)
+    same = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
+    shared = {id(part): part for part in (*same, model.processor, model.tokenizer, model.config)}
+    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

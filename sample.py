@@ -14,19 +14,22 @@ else is in the batch. The token is where the cumulative sum of the softmax passe
 
 import argparse
 import os
+import resource
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import NAMES, Cache, Janus, UserError, load
+from model import NAMES, Cache, Janus, UserError, load, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hot path: one step of the trunk, one draw
@@ -35,9 +38,9 @@ from model import NAMES, Cache, Janus, UserError, load
 def guide(cond: Tensor, uncond: Tensor | None, guidance: float | Tensor, temperature: float | Tensor) -> Tensor:
     """Guided, tempered logits in float32: (l_uncond + w (l_cond - l_uncond)) / T. Without an unconditional branch the
     conditional logits alone, which is w = 1."""
-    cond = cond.float()
+    cond = widen(cond)
     if uncond is not None:
-        uncond = uncond.float()
+        uncond = widen(uncond)
         cond = uncond + guidance * (cond - uncond)
     return cond / temperature
 
@@ -45,7 +48,7 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance: float | Tensor, tempera
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits) [B, V] by inversion: the first whose cumulative probability exceeds the
     row's uniform number in [0, 1) [B]. Returns tokens and their log-probabilities, both [B]."""
-    logprobs = F.log_softmax(logits.float(), dim=-1)
+    logprobs = F.log_softmax(widen(logits), dim=-1)
     cumulative = logprobs.exp().cumsum(dim=-1)  # ends at one but for rounding, so the uniform number is scaled by it
     passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
     tokens = passed.sum(dim=-1).clamp(max=logits.shape[-1] - 1)
@@ -76,10 +79,17 @@ def step_image(
 compiled_step_image = torch.compile(step_image, dynamic=False)
 
 
-def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """[B, count] numbers in [0, 1), a row from each seed's own generator."""
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-    return torch.stack(rows).to(device)
+IMAGE, ANSWER, NOISE = range(3)  # what an image's seed is used for, each with random numbers of its own
+
+
+def generator(seed: int, use: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one image for one use."""
+    return torch.Generator(device).manual_seed((3 * int(seed) + use) % 2**64)
+
+
+def uniform_numbers(seeds: Sequence[int], use: int, count: int, device: torch.device) -> Tensor:
+    """[B, count] numbers in [0, 1), a row from each image's own generator."""
+    return torch.stack([torch.rand(count, generator=generator(seed, use)) for seed in seeds]).to(device)
 
 
 def causal(mask: Tensor) -> Tensor:
@@ -130,7 +140,7 @@ def sample_images(
     if guidance != 1:
         rows, visible = torch.cat((ids, model.unconditional(ids, mask))), mask.repeat(2, 1)
     N, P = model.num_image_tokens, ids.shape[1]
-    uniforms = uniform_numbers(seeds, N, model.device)  # [B, N]
+    uniforms = uniform_numbers(seeds, IMAGE, N, model.device)  # [B, N]
     w, T = torch.tensor(guidance, device=model.device), torch.tensor(temperature, device=model.device)
     length = -(-(P + N - 1) // 32) * 32  # the last code is never fed back; rounded up, or every P is compiled anew
     cache, hidden = prefill(model, model.embed_text(rows), visible, length)
@@ -173,8 +183,55 @@ def image_logits(
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities [B, T] of tokens [B, T] under logits [B, T, V], in float32."""
-    logits = logits.float()
+    logits = widen(logits)
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased, non-negative estimate of KL(policy || reference) from tokens of the policy (Schulman 2020)."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+def trajectory_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of each trajectory: [B, T] -> [B]."""
+    return (values * mask).sum(1) / mask.sum(1)
+
+
+def relaxed_codes(logits: Tensor, codes: Tensor, tau: float, seeds: Sequence[int]) -> Tensor:
+    """Straight-through Gumbel-softmax of an image that has been sampled: exactly its one-hots [B, N, V] going forward,
+    softmax((logits + noise) / tau) going backward, the noise being what made these codes win.
+
+    Given the arg-max c, the largest perturbed logit m is logsumexp(logits) + Gumbel, and the others are Gumbels cut off
+    at m (Maddison et al. 2014; Paulus et al. 2020, "Rao-Blackwellizing the straight-through Gumbel-softmax"). Over
+    sampled codes the noise is plain Gumbel(0, 1) again. Each image's comes from its own seed.
+    """
+    with torch.no_grad():
+        noise = gumbel_given(widen(logits).detach(), codes, seeds)
+    soft = ((widen(logits) + noise) / tau).softmax(-1)
+    hard = F.one_hot(codes, logits.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())  # the bracket is exactly zero
+
+
+def bound_gradient(images: Tensor, norm: float) -> Tensor:
+    """The same images [B, ...], for each of which the gradient that comes back is cut to a norm. Through decoder and
+    encoder its length is heavy-tailed, and a few pictures would decide every step."""
+    if images.requires_grad:
+        rest = (1,) * (images.dim() - 1)
+        images.register_hook(lambda g: g * (norm / g.flatten(1).norm(dim=1).clamp(min=norm)).view(-1, *rest))
+    return images
+
+
+def gumbel_given(logits: Tensor, codes: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Gumbel noise [B, N, V] of which arg-max(logits + noise) is `codes` [B, N], from one seed an image."""
+    exponential = torch.empty_like(logits)  # [B, N, V]
+    for row, seed in zip(exponential, seeds):
+        row.exponential_(generator=generator(seed, NOISE, row.device))
+    chosen = codes[..., None]
+    top = logits.logsumexp(-1, keepdim=True) - exponential.gather(-1, chosen).log()  # [B, N, 1]
+    cut = -torch.logaddexp(exponential.log() - logits, -top)  # Gumbels with these logits, given that they are below
+    cut = torch.minimum(cut, top - 1e-5 * top.abs().clamp(min=1))  # rounding must not make two of them the largest
+    return cut.scatter(-1, chosen, top) - logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +267,7 @@ def sample_answers(
     `temperature`. Ends at the end-of-sentence token or after `max_tokens`."""
     ids, mask = model.question_prompt(questions)  # [B, Q]
     Q, end = ids.shape[1], model.tokenizer.eos_token_id
-    uniforms = None if seeds is None else uniform_numbers(seeds, max_tokens, model.device)
+    uniforms = None if seeds is None else uniform_numbers(seeds, ANSWER, max_tokens, model.device)
     cache, hidden = prefill(model, model.embed_question(ids, pixels), mask, Q + max_tokens)
     logits = model.lm_head(hidden)
     position = mask.sum(1, keepdim=True)  # [B, 1]
@@ -223,7 +280,7 @@ def sample_answers(
             token = logits.argmax(-1)
             logprob = token_logprobs(logits[:, None], token[:, None])[:, 0]
         else:
-            token, logprob = draw(logits.float() / temperature, uniforms[:, t])
+            token, logprob = draw(widen(logits) / temperature, uniforms[:, t])
         tokens.append(token.where(alive, model.tokenizer.pad_token_id))
         logprobs.append(logprob.where(alive, 0.0))
         masks.append(alive)
@@ -285,21 +342,75 @@ def read_image(model: Janus, path: str) -> Tensor:
 def contact_sheet(images: np.ndarray, captions: Sequence[str], path: str | Path, columns: int = 6) -> None:
     """Writes pictures [B, H, W, 3] uint8 with a caption of a few lines under each, small ones enlarged."""
     side = max(images.shape[1], 144)
-    lines = max(caption.count("\n") + 1 for caption in captions)
+    wrapped = [[part for line in c.split("\n") for part in textwrap.wrap(line, side // 6) or [""]] for c in captions]
+    cell = side + 12, side + 14 * max(map(len, wrapped)) + 14
     rows = -(-len(images) // columns)
-    cell = side + 12, side + 14 * lines + 14
     sheet = Image.new("RGB", (cell[0] * min(columns, len(images)), cell[1] * rows), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
+    for i, (image, lines) in enumerate(zip(images, wrapped)):
         left, top = cell[0] * (i % columns) + 6, cell[1] * (i // columns) + 6
         sheet.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (left, top))
-        wide = [line if pen.textlength(line) <= side else line[: side // 6 - 1] + "…" for line in caption.split("\n")]
-        pen.multiline_text((left, top + side + 2), "\n".join(wide), fill="black")
+        pen.multiline_text((left, top + side + 2), "\n".join(lines), fill="black")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+def pick_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most GB that this process has used so far: allocated on its GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def start_ranks() -> tuple[int, int, torch.device]:
+    """This process' rank, the number of ranks, and its device; joins the others when started by torchrun."""
+    device = pick_device()
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's tensor, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(values: Tensor) -> Tensor:
+    """Every rank's [B, ...] joined in rank order."""
+    if not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
+
+
+def sum_gradients(weights: list[torch.nn.Parameter]) -> None:
+    """Each rank holds the gradient of its own trajectories' share of the loss; the whole gradient is their sum."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])  # one message instead of one a tensor
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
 
 
 def positive(kind):
@@ -324,11 +435,6 @@ def non_negative(kind):
         return value
 
     return parse
-
-
-def pick_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(main) -> None:

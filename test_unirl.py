@@ -3,8 +3,8 @@
     python -m pytest test_unirl.py
 
 In the order of the files: model.py and sample.py against transformers' Janus, the original layout, enumerations and
-chi-squares, on small random models; reward.py against a table of answers written by hand; grpo.py's formulas and runs;
-the shapes world and evaluate.py's rules. Where a fault was found in a published trainer, a test plants it and sees it.
+chi-squares, on small random models; reward.py against a table of answers written by hand; grpo.py's and
+sft.py's formulas and runs; the shapes world and evaluate.py's rules. Where a fault was found in a published trainer, a test plants it and sees it.
 """
 
 import argparse
@@ -36,14 +36,16 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 import grpo
 import model as model_module
 import sample
-from evaluate import Detection, World, evaluate, judge, summarize, world_of
-from model import Janus, UserError, chat_template, load, save
+import sft
+from evaluate import Detection, evaluate, fill_in, judge, summarize, world_of
+from model import Janus, UserError, chat_template, frozen_copy, load, save
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
     is_geneval_prompt, make_task, plural, score, task_key,
 )
 from sample import (
-    Images, answer_logits, draw, encode_answers, image_logits, sample_answers, sample_images, to_pixels, token_logprobs,
+    Images, answer_logits, draw, encode_answers, gumbel_given, image_logits, relaxed_codes, sample_answers,
+    sample_images, to_pixels, token_logprobs,
 )
 from tiny import world as shapes
 
@@ -1604,15 +1606,17 @@ def enumerated_policy(monkeypatch):
     def logits(model, images, *settings):
         return torch.stack((first.expand(len(images.codes), 3), second[images.codes[:, 0]]), dim=1)
 
-    monkeypatch.setattr(grpo, "token_logprobs", lambda l, t: l.log_softmax(-1).gather(-1, t[..., None])[..., 0])
-    monkeypatch.setattr(grpo, "image_logits", logits)
+    for script in (grpo, sft):
+        monkeypatch.setattr(script, "token_logprobs", lambda l, t: l.log_softmax(-1).gather(-1, t[..., None])[..., 0])
+        monkeypatch.setattr(script, "image_logits", logits)
     logprobs = first.log_softmax(0)[codes[:, 0]] + second.log_softmax(1)[codes[:, 0], codes[:, 1]]
     return (first, second), codes, logprobs.exp()
 
 
 def flags(**changes):
     return argparse.Namespace(**{**dict(
-        guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2
+        guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2,
+        mode="two-stage", picture_clip=1e9, prompts=1, group=1,
     ), **changes})
 
 
@@ -1624,8 +1628,8 @@ def test_policy_gradient_equals_the_enumerated_one(monkeypatch):
     exact = torch.autograd.grad(-(probabilities * rewards).sum() / 2, weights, retain_graph=True)
     with torch.no_grad():
         old = grpo.token_logprobs(grpo.image_logits(None, Images(codes, None, None, None)), codes)
-    rollout = grpo.Rollout([], Images(codes, old, None, None), None, None, reference_images=old)
-    loss, _ = grpo.objective(None, rollout, (probabilities * rewards).detach(), flags())
+    rollout = grpo.Rollout([], [], Images(codes, old, None, None), None, None, reference_images=old)
+    loss, _ = grpo.objective(None, None, rollout, (probabilities * rewards).detach(), flags())
     for mine, true in zip(torch.autograd.grad(loss, weights), exact):
         assert torch.allclose(mine, true, atol=1e-12)
 
@@ -1637,14 +1641,14 @@ def test_kl_gradient_equals_the_enumerated_one(monkeypatch):
     reference = torch.randn(9, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
         old = grpo.token_logprobs(grpo.image_logits(None, Images(codes, None, None, None)), codes)
-    rollout = grpo.Rollout([], Images(codes, old, None, None), None, None, reference_images=reference)
-    loss, sums = grpo.objective(None, rollout, torch.zeros(9, dtype=torch.float64), flags(beta=0.5))
+    rollout = grpo.Rollout([], [], Images(codes, old, None, None), None, None, reference_images=reference)
+    loss, sums = grpo.objective(None, None, rollout, torch.zeros(9, dtype=torch.float64), flags(beta=0.5))
     difference = reference - old
     assert torch.allclose(loss, 0.5 * (difference.exp() - difference - 1).mean(1).sum())
     step = 1e-6
     with torch.no_grad():  # finite differences in one logit
         weights[0][1] += step
-        moved = grpo.objective(None, rollout, torch.zeros(9, dtype=torch.float64), flags(beta=0.5))[0]
+        moved = grpo.objective(None, None, rollout, torch.zeros(9, dtype=torch.float64), flags(beta=0.5))[0]
         weights[0][1] -= step
     assert torch.autograd.grad(loss, weights)[0][1].item() == pytest.approx((moved - loss).item() / step, rel=1e-4)
 
@@ -1655,7 +1659,7 @@ def test_reference_does_not_move_with_the_policy(tiny):
     policy = copy.deepcopy(tiny)
     policy.vision_model.requires_grad_(False), policy.vqmodel.requires_grad_(False)
     trainable = [w for w in policy.parameters() if w.requires_grad]
-    reference = grpo.freeze_reference(policy)
+    reference = frozen_copy(policy)
     images = sample_images(policy, ["a photo of a circle"], [0], 3.0, compiled=False)
 
     def says():
@@ -1690,11 +1694,12 @@ SHORT = ["--no-compile", "--eval-every", "0", "--eval-images", "1", "--max-token
          "--answer-weight", "0.3"]
 
 
-def run_grpo(*arguments, ranks=0):
-    """grpo.py in a process of its own, by python or by torchrun with so many ranks."""
-    start = [sys.executable, "grpo.py"]
+def run_grpo(*arguments, ranks=0, script="grpo"):
+    """grpo.py (or sft.py) in a process of its own, by python or by torchrun with so many ranks."""
+    start = [sys.executable]
     if ranks:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "grpo.py"]
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    start.append(f"{script}.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*start, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -1722,7 +1727,7 @@ def test_a_run_writes_what_it_promises(finished):
     documented = grpo.__doc__
     for key in read_metrics(out)[0]:
         assert key in documented or key.startswith("reward_") or key == "step", f"{key} is not documented"
-    for name in ("before.png", "after.png", "samples/step_000001.png"):
+    for name in ("before.png", "after.png", "curves.png", "samples/step_000001.png"):
         Image.open(out / name).verify()
     assert "python sample.py" in result.stdout.splitlines()[-1]
 
@@ -1752,7 +1757,7 @@ def test_two_ranks_equal_one(small, finished, tmp_path, prompts, group):
         result = run_grpo("--out", out, *shape, ranks=ranks)
         assert result.returncode == 0, result.stderr
     a, b = read_metrics(one)[0], read_metrics(two)[0]
-    for key in a.keys() - {"seconds"}:
+    for key in a.keys() - {"seconds", "memory"}:
         assert a[key] == pytest.approx(b[key], abs=1e-5), key
     a, b = (load(str(out / "step_000001")).state_dict() for out in (one, two))
     moved = load(small).state_dict()
@@ -1769,9 +1774,25 @@ def test_resume_continues_the_run(small, finished, tmp_path):
     result = run_grpo("--resume", out, "--steps", 4)
     assert result.returncode == 0, result.stderr
     for resumed, straight in zip(read_metrics(out), read_metrics(finished[0]), strict=True):
-        assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
+        assert {**resumed, "seconds": 0, "memory": 0} == {**straight, "seconds": 0, "memory": 0}
     a, b = (load(str(folder / "step_000004")).state_dict() for folder in (out, finished[0]))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--tau", "0"], "--tau"),
+    (["--image-weight", "-1"], "--image-weight"),
+    (["--answer-weight", "nan"], "--answer-weight"),
+    (["--mode", "one-stage"], "'two-stage', 'end-to-end'"),
+    (["--caption-dropout", "1.5"], "--caption-dropout"),
+    (["--replay", "0"], "--replay"),
+    (["--group", "0"], "--group"),
+    (["--judge", "detector"], "frozen"),
+])
+def test_wrong_flags_of_sft_exit_with_2_and_say_why(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sft.parse_args(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
 def complain(result, code, *words):
@@ -1791,8 +1812,10 @@ def complain(result, code, *words):
     (["--steps", "2.5"], "--steps"),
     (["--beta", "-0.1"], "--beta"),
     (["--temperature", "0"], "--temperature"),
-    (["--image-weight", "0", "--answer-weight", "0"], "nothing would be trained"),
-    (["--mode", "three-stage"], "two-stage"),
+    (["--mode", "three-stage"], "'two-stage', 'end-to-end'"),
+    (["--tau", "0"], "--tau"),
+    (["--answer-weight", "-1"], "--answer-weight"),
+    (["--freeze", "nose"], "generation_head"),
     (["--reward", "detector"], "likelihood"),
     (["--prompt", "8"], "unrecognized"),
 ])
@@ -1810,24 +1833,23 @@ def test_a_users_mistakes_get_one_line(small, finished, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def main_here(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, arguments)])
-    grpo.main()
+def main_here(monkeypatch, *arguments, script=grpo):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    script.main()
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
-    nowhere = World(None, [], None, None, 0, 0)
     for arguments, ranks, words in (
         (["--prompts", "3", "--group", "3"], 2, "cannot be split over 2 ranks"),
         (["--prompts", "3", "--group", "4", "--micro-batch", "4"], 2, "--micro-batch 4 does not divide a rank's 6"),
     ):
         with pytest.raises(UserError, match=words):
-            grpo.fill_in(grpo.parse_args([*arguments, "--guidance", "3"]), nowhere, None, ranks)
+            fill_in(grpo.parse_args([*arguments, "--guidance", "3"]), grpo.REAL, None, ranks)
 
 
 def test_steps_without_spread_stop_the_run(small, tmp_path, monkeypatch):
     """Ten steps in a row whose groups all earn the same: stopped, with advice, and the metrics are there."""
-    monkeypatch.setattr(grpo, "self_reward", lambda model, rollout, world, kind: [1.0] * len(rollout.tasks))
+    monkeypatch.setattr(grpo, "self_reward", lambda judge, rollout, world, kind: [1.0] * len(rollout.tasks))
     with pytest.raises(UserError, match="no group had answers of different reward"):
         main_here(monkeypatch, "--model", small, "--out", tmp_path, "--steps", 20, "--prompts", 1, "--group", 2, "--beta", 0, *SHORT)
     lines = read_metrics(tmp_path)
@@ -1850,12 +1872,278 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(small, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Through the image: the relaxed image, sft.py, and the end-to-end modes
+
+
+def kolmogorov_smirnov(values: np.ndarray) -> float:
+    """Asymptotic p-value that `values` come from Gumbel(0, 1)."""
+    cdf = np.exp(-np.exp(-np.sort(values)))
+    ranks = np.arange(len(values) + 1) / len(values)
+    distance = max((ranks[1:] - cdf).max(), (cdf - ranks[:-1]).max()) * len(values) ** 0.5
+    terms = np.arange(1, 101)
+    return float(2 * ((-1.0) ** (terms - 1) * np.exp(-2 * terms**2 * distance**2)).sum())
+
+
+def sampled_codes(images: int = 100, tokens: int = 1000):
+    """1e5 codes out of five, from logits that differ by 4 nats, and a seed for every hundredth of them."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0]).expand(images, tokens, 5)
+    uniforms = torch.rand(images * tokens, generator=torch.Generator().manual_seed(0))
+    return logits, draw(logits.flatten(0, 1), uniforms)[0].view(images, tokens), range(images)
+
+
+def test_conditional_gumbel_noise_is_won_by_the_sampled_code_and_is_gumbel_noise():
+    """The arg-max is the sampled code in all of 1e5 draws; over sampled codes every code's noise is Gumbel(0, 1) and
+    that of two codes is uncorrelated."""
+    logits, codes, seeds = sampled_codes()
+    noise = gumbel_given(logits, codes, seeds)
+    assert ((logits + noise).argmax(-1) == codes).all()
+    for v in range(5):
+        assert kolmogorov_smirnov(noise[..., v].flatten().double().numpy()) > 0.001
+    correlations = np.corrcoef(noise.flatten(0, 1).T.numpy()) - np.eye(5)
+    assert np.abs(correlations).max() < 4.5 / 1e5**0.5
+
+
+@pytest.mark.parametrize("fault", ["winner raised above the rest", "rest not cut off", "plain noise"])
+def test_biased_conditional_noise_is_seen(fault):
+    """Noise that only makes the right code win, as one is tempted to write it, is not Gumbel noise."""
+    logits, codes, _ = sampled_codes()
+    plain = -torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(1)).log()
+    noise, chosen = plain.clone(), codes[..., None]
+    if fault == "winner raised above the rest":
+        noise.scatter_(-1, chosen, (logits + plain).amax(-1, keepdim=True) + 0.1 - logits.gather(-1, chosen))
+    elif fault == "rest not cut off":
+        noise.scatter_(-1, chosen, logits.logsumexp(-1, keepdim=True) + plain.gather(-1, chosen) - logits.gather(-1, chosen))
+    wins = ((logits + noise).argmax(-1) == codes).all()
+    assert not wins or min(kolmogorov_smirnov(noise[..., v].flatten().double().numpy()) for v in range(5)) < 1e-6
+
+
+def some_rollout(script, model, count=3, guidance=3.0):
+    """Fresh images of tiny's prompts, with greedy answers of eight tokens."""
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(count)]
+    args = argparse.Namespace(guidance=guidance, temperature=1.0, no_compile=True, max_tokens=8)
+    return script.roll_out(model, model, tasks, list(range(count)), args)
+
+
+@torch.no_grad()
+def test_relaxed_image_is_the_sampled_image_bit_for_bit(tiny):
+    rollout = some_rollout(sft, tiny)
+    logits = image_logits(tiny, rollout.images, 3.0, 1.0)
+    for tau in (0.1, 1.0, 5.0):
+        relaxed = relaxed_codes(logits, rollout.images.codes, tau, rollout.seeds)
+        assert torch.equal(relaxed, F.one_hot(rollout.images.codes, tiny.num_codes).float())
+        assert torch.equal(tiny.to_pixels(relaxed), rollout.pixels)
+
+
+MICRO = dict(image_size=8, patch_size=2, channels=(1, 2), codes=7, layers=1)
+
+
+@pytest.mark.parametrize("logprob", ["guided", "detached", "conditional"])
+def test_end_to_end_gradient_equals_finite_differences(logprob):
+    """In float64, along a random direction of each part: the straight-through gradient is the derivative of the answer's
+    loss about the image `hard + soft(weights) - soft(here)`, written out here, the noise held fixed."""
+    model = small_janus(**MICRO).double()
+    tasks = [make_task("colors", [{"class": "ring", "count": 1, "color": "red"}])] * 2
+    images, seeds, tau = random_images(model, ["a red ring", "a"]), [3, 4], 0.7
+    rollout = sft.Rollout(tasks, seeds, images, None, None)
+    logits = image_logits(model, images, 3.0, 1.0, logprob)
+    loss = sft.answer_loss(model, rollout, model.to_pixels(relaxed_codes(logits, images.codes, tau, seeds))).sum()
+    noise = gumbel_given(logits.detach(), images.codes, seeds)
+    hard = F.one_hot(images.codes, model.num_codes)
+    here = ((logits.detach() + noise) / tau).softmax(-1)
+    # `detached` takes no gradient through the unconditional branch, so there this branch is held where it is.
+    cond = image_logits(model, images, 1.0, 1.0).detach()
+    uncond = (logits.detach() - 3 * cond) / (1 - 3)
+
+    @torch.no_grad()
+    def moved():
+        now = image_logits(model, images, 3.0, 1.0, logprob)
+        if logprob == "detached":
+            now = uncond + 3 * (image_logits(model, images, 1.0, 1.0) - uncond)
+        soft = ((now + noise) / tau).softmax(-1)
+        return sft.answer_loss(model, rollout, model.to_pixels(hard + soft - here)).sum()
+
+    generator, step = torch.Generator().manual_seed(0), 1e-6
+    parts = [model.generation_head, model.generation_embeddings, model.generation_aligner, model.language_model]
+    gradients = [torch.autograd.grad(loss, list(part.parameters()), retain_graph=True) for part in parts]
+    for part, grads in zip(parts, gradients):
+        weights = list(part.parameters())
+        direction = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+        slope = sum((g * d).sum() for g, d in zip(grads, direction)).item()
+        values = []
+        for sign in (step, -2 * step):
+            with torch.no_grad():
+                for weight, d in zip(weights, direction):
+                    weight.add_(sign * d)
+            values.append(moved().item())
+        with torch.no_grad():
+            for weight, d in zip(weights, direction):
+                weight.add_(step * d)
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4), part
+        assert slope != 0
+
+
+def test_bound_gradient_shortens_the_long_ones_and_keeps_their_direction():
+    images = torch.ones(3, 2, 2, requires_grad=True)
+    pulls = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[0.3, 0.0], [0.4, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    bounded = sample.bound_gradient(images * 1.0, 1.0)
+    assert torch.equal(bounded, images)
+    (grad,) = torch.autograd.grad((bounded * pulls).sum(), images)
+    assert torch.allclose(grad, torch.stack([pulls[0] / 5, pulls[1], pulls[2]]))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("judge", ["policy", "frozen"])
+def test_end_to_end_gradient_reaches_what_learns_and_nothing_else(tiny, judge, recompute):
+    """Head, trunk and generation embedding get a gradient through the picture alone (answers weighted 0 under a frozen
+    judge); SigLIP, the image tokenizer and the judge get none. Recomputing activations changes nothing."""
+    policy = copy.deepcopy(tiny)
+    policy.vision_model.requires_grad_(False), policy.vqmodel.requires_grad_(False)
+    reference = frozen_copy(policy)
+    rollout = some_rollout(sft, policy)
+    args = flags(mode="end-to-end", guidance=3.0, tau=1.0, answer_weight=float(judge == "policy"))
+
+    def gradients(recompute):
+        policy.zero_grad(), policy.recompute(recompute)
+        sft.objective(policy, policy if judge == "policy" else reference, reference, rollout, [], None, args)[0].backward()
+        return {name: weight.grad for name, weight in policy.named_parameters()}
+
+    for name, grad in gradients(recompute).items():
+        frozen = name.startswith(("vision_model", "vqmodel"))
+        understanding = name.startswith(("lm_head", "aligner"))
+        if frozen or (understanding and judge == "frozen"):
+            assert grad is None or (grad == 0).all(), name
+        elif name != "vision_model":
+            assert (grad != 0).any(), name
+    assert all(weight.grad is None for weight in reference.parameters())
+    if recompute:
+        for (name, mine), plain in zip(gradients(True).items(), gradients(False).values()):
+            assert mine is None or torch.allclose(mine, plain, atol=1e-6), name
+
+
+def kept_for_backward(model, images: int, recompute: bool) -> int:
+    """Bytes of activations that an end-to-end step on so many images keeps for its backward pass."""
+    model.recompute(recompute)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)  # or a freed address would be counted once for two tensors
+        return tensor
+
+    alive = []
+    task = make_task("colors", [{"class": "ring", "count": 1, "color": "red"}])
+    sampled = random_images(model, ["a red ring"] * images)
+    rollout = sft.Rollout([task] * images, list(range(images)), sampled, None, None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = image_logits(model, sampled, 3.0, 1.0)
+        relaxed = relaxed_codes(logits, sampled.codes, 1.0, rollout.seeds)
+        loss = sft.answer_loss(model, rollout, model.to_pixels(relaxed)).sum()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    loss.backward()
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_an_end_to_end_step_is_linear_in_batch_and_image_tokens(recompute):
+    """What is kept for two, four and six images lies on a line, and so does it for 16, 64 and 144 image tokens but for
+    the attention masks, which are quadratic; recomputing keeps less than half."""
+    two, four, six = (kept_for_backward(small_janus(), images, recompute) for images in (2, 4, 6))
+    assert six - four == pytest.approx(four - two, rel=0.02) and two > 0
+    sizes = [kept_for_backward(small_janus(image_size=side), 2, recompute) for side in (16, 32, 48)]
+    assert (sizes[2] - sizes[1]) / (144 - 64) == pytest.approx((sizes[1] - sizes[0]) / (64 - 16), rel=0.15)
+    if recompute:
+        assert four < 0.5 * kept_for_backward(small_janus(), 4, False)
+
+
+def test_expert_iterations_gradient_equals_the_enumerated_one(monkeypatch):
+    """Cross-entropy of the right images, each as often as it is sampled, has the gradient of minus the expected share
+    of right images (over the number of tokens), which autograd computes through the probabilities themselves."""
+    weights, codes, probabilities = enumerated_policy(monkeypatch)
+    right = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0, 1], dtype=torch.float64)
+    exact = torch.autograd.grad(-(probabilities * right).sum() / 2, weights, retain_graph=True)
+    prompts = torch.zeros(9, 3, dtype=torch.long)
+    policy = argparse.Namespace(generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda ids, mask: ids)
+    losses = sft.replay_loss(policy, [sft.Kept("", row) for row in codes], torch.zeros(9, dtype=torch.bool), flags())
+    loss = (losses * (probabilities * right).detach()).sum()
+    for mine, true in zip(torch.autograd.grad(loss, weights), exact):
+        assert torch.allclose(mine, true, atol=1e-12)
+
+
+def test_dropped_captions_teach_the_unconditional_branch(tiny):
+    """A replayed picture whose caption is dropped is scored given guidance's empty prompt."""
+    rollout = some_rollout(sft, tiny, 2, guidance=1.0)
+    kept = [sft.Kept(task.prompt, codes) for task, codes in zip(rollout.tasks, rollout.images.codes)]
+    with torch.no_grad():
+        losses = sft.replay_loss(tiny, kept, torch.tensor([False, True]), flags())
+        blank = copy.copy(rollout.images)
+        blank.ids = tiny.unconditional(blank.ids, blank.mask)
+        for images, row in ((rollout.images, 0), (blank, 1)):
+            expected = -token_logprobs(image_logits(tiny, images, 1.0, 1.0), images.codes).mean(1)[row]
+            assert losses[row].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+OTHERS = [("sft", "two-stage"), ("sft", "end-to-end"), ("grpo", "end-to-end")]
+QUICK = ["--no-compile", "--eval-every", "0", "--eval-images", "1", "--micro-batch", "6", "--warmup", "0"]
+
+
+@pytest.fixture(scope="module", params=OTHERS, ids="-".join)
+def other(request, tmp_path_factory):
+    """Two steps of the tiny model by another script or mode, one checkpoint a step."""
+    script, mode = request.param
+    out = tmp_path_factory.mktemp("runs") / "one"
+    shape = ["--mode", mode, "--prompts", 6, "--group", 2, "--steps", 2, "--save-every", 1, *QUICK]
+    result = run_grpo("--out", out, *shape, script=script)
+    assert result.returncode == 0, result.stderr
+    return script, mode, out, shape
+
+
+def test_the_other_modes_write_what_they_promise(other):
+    script, mode, out, _ = other
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["mode"] == mode and {"before", "after", "seconds"} <= summary.keys()
+    documented = {"sft": sft, "grpo": grpo}[script].__doc__
+    lines = read_metrics(out)
+    for key in lines[-1]:
+        assert key in documented or key.startswith("reward_") or key == "step", f"{key} is not documented"
+    assert lines[0]["rollout_difference"] < 1e-4 and lines[0]["kl_image"] < 1e-7 and lines[0]["grad_norm"] > 0
+    assert mode == "end-to-end" or lines[-1]["buffer"] > 0 and lines[-1]["loss_image"] > 0
+    load(str(out / "step_000002"))
+
+
+def test_the_other_modes_resume_to_the_bit(other, tmp_path):
+    script, mode, out, _ = other
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("step_000002"))
+    result = run_grpo("--resume", tmp_path / "run", script=script)
+    assert result.returncode == 0, result.stderr
+    for resumed, straight in zip(read_metrics(tmp_path / "run"), read_metrics(out), strict=True):
+        assert {**resumed, "seconds": 0, "memory": 0} == {**straight, "seconds": 0, "memory": 0}
+    a, b = (load(str(folder / "step_000002")).state_dict() for folder in (tmp_path / "run", out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_other_modes_on_two_ranks_equal_one(other, tmp_path):
+    script, mode, out, shape = other
+    result = run_grpo("--out", tmp_path / "two", *shape, script=script, ranks=2)
+    assert result.returncode == 0, result.stderr
+    for one, two in zip(read_metrics(out), read_metrics(tmp_path / "two"), strict=True):
+        for key in one.keys() - {"seconds", "memory"}:
+            assert one[key] == pytest.approx(two[key], abs=1e-4 if key == "grad_norm" else 1e-5), key
+
+
+def test_a_run_is_resumed_by_its_own_script_and_mode(other):
+    script, mode, out, _ = other
+    wrong = "grpo" if script == "sft" else "sft"
+    complain(run_grpo("--resume", out, "--steps", 3, script=wrong), 1, f"{script}.py", "resume it with that")
+    another = ({"two-stage", "end-to-end"} - {mode}).pop()
+    complain(run_grpo("--resume", out, "--steps", 3, "--mode", another, script=script), 1, f"--mode {mode}", another)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tiny/: the shapes world
 
 
 def test_the_worlds_detector_reads_true_pictures_and_no_others():
-    """All true pictures are judged right; a picture of another task of the category is right about as often as chance
-    says (a diamond is the main object of one picture in ten, a given colour of one in six)."""
+    """All true pictures are judged right; pictures of other tasks seldom, by chance."""
     rng, suite = np.random.default_rng(0), shapes.held_out_tasks()
     tasks = [task for task in suite for _ in range(3)]
     found = [[Detection(**d) for d in one] for one in shapes.detect(np.stack([shapes.render(t, rng) for t in tasks]))]
@@ -1877,8 +2165,8 @@ def test_training_never_draws_a_held_out_task():
     held_out = {task_key(task) for task in suite}
     rng = np.random.default_rng(0)
     assert all(task_key(draw_task(shapes.VOCABULARY, rng, held_out)) not in held_out for _ in range(3000))
-    for tag in TAGS:  # at least twenty, where the category has twice as many
-        assert sum(task.tag == tag for task in suite) == (3 if tag == "single_object" else 20)
+    for tag in TAGS:
+        assert sum(task.tag == tag for task in suite) == 20
 
 
 def test_every_known_answer_of_the_world_is_right():
@@ -1947,6 +2235,7 @@ def test_imbalance_by_hand():
 def test_the_committed_checkpoint_is_a_fair_start(tiny):
     """Neither hopeless nor solved at drawing, far ahead at understanding."""
     scores, records = evaluate(tiny, world_of(tiny), tiny.guidance, images_per_prompt=2, compiled=False)
-    assert 0.2 < scores["generation"]["overall"] < 0.75
-    assert scores["understanding"]["ground_truth"] > 0.88
+    assert 0.4 < scores["generation"]["overall"] < 0.7
+    assert scores["understanding"]["ground_truth"] > 0.95
+    assert min(scores["understanding"]["ground_truth_by_category"].values()) > 0.9
     assert len(records) == 2 * len(shapes.held_out_tasks())

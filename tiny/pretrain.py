@@ -3,8 +3,9 @@
     python -m tiny.pretrain --out tiny/janus            # two CPU cores; run again to resume
 
 The base that comes out is like the real ones: it understands far better than it draws. Real models know how to draw
-what they often fail to draw, because their captions were noisy; so here a share of the captions that generation is
-trained on is swapped for another caption of the same category, while understanding sees clean questions.
+what they often fail to draw, because their captions were noisy. So here generation learns from clean captions until it
+knows the words, and then, for a short while, from captions of which 40 % were swapped for another of the same category;
+understanding sees clean questions throughout.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import JanusConfig, JanusProcessor, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from evaluate import evaluate, table, world_of
-from model import Janus, VQModel, chat_template, save
+from model import Janus, VQModel, chat_template, load, save
 from reward import INVERSE, TAGS, Task, draw_task, make_task
 from sample import Images, answer_logits, encode_answers, image_logits, to_pixels, to_uint8, token_logprobs
 from tiny.world import GLYPHS, GRID, PALETTE, SIZE, VOCABULARY, detect, layout, paint
@@ -40,7 +41,7 @@ CONFIG = dict(
         projection_dim=128, depth=2, num_image_tokens=36,
     ),
     vq_config=dict(
-        embed_dim=8, num_embeddings=128, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
+        embed_dim=8, num_embeddings=192, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
         num_res_blocks=1, projection_dim=128, num_hidden_layers=2, image_token_embed_dim=128,
     ),
     tie_word_embeddings=False,
@@ -58,7 +59,7 @@ def random_scenes(count: int, rng: np.random.Generator) -> tuple[np.ndarray, lis
         n = rng.integers(1, 7)
         cells = rng.permutation(GRID * GRID)[:n]
         objects = [(str(rng.choice(list(GLYPHS))), str(rng.choice(list(PALETTE))), int(cell)) for cell in cells]
-        images.append(paint(objects, rng))
+        images.append(paint(objects))
         contents.append(sorted((shape, color) for shape, color, _ in objects))
     return np.stack(images), contents
 
@@ -69,41 +70,58 @@ def read_back(images: np.ndarray, contents: list) -> float:
     return float(np.mean([f == c for f, c in zip(found, contents)]))
 
 
+def same_patches(pixels: Tensor, side: int) -> Tensor:
+    """Which of the pictures' patches [B, 3, H, W] of `side` pixels are equal: group numbers [B * h * w]."""
+    patches = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)  # [B * h * w, 3 * side * side]
+    return torch.unique(patches, dim=0, return_inverse=True)[1]
+
+
+def centres_of(latents: Tensor, groups: Tensor) -> Tensor:
+    """The mean direction of every group's latents: [M, E] and [M] -> [groups, E], unit vectors."""
+    return F.normalize(torch.zeros(int(groups.max()) + 1, latents.shape[1]).index_add_(0, groups, latents), dim=-1)
+
+
 def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` unit vectors that cover unit `points` [M, E]: spherical k-means, empty clusters restarted at a point."""
     centres = points[torch.randperm(len(points), generator=generator)[:count]]
     for _ in range(20):
         nearest = (points @ centres.T).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        fresh = points[torch.randint(len(points), (count,), generator=generator)]
-        empty = torch.bincount(nearest, minlength=count) == 0
+        fresh = points[torch.randint(len(points), (len(centres),), generator=generator)]
+        empty = torch.bincount(nearest, minlength=len(centres)) == 0
         centres = F.normalize(torch.where(empty[:, None], fresh, sums), dim=-1)
     return centres
 
 
 def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
-    """Reconstruction, first of unquantised latents (a quarter of the steps), then through codes initialised by k-means
-    over them, straight-through. Without that start most codes die and shapes are told apart late."""
+    """Reconstruction, first of unquantised latents (a quarter of the steps), then through codes, straight-through.
+
+    Group norm and attention let every latent see the whole picture, so that the same patch gets a dozen codes, and a
+    model that samples codes drowns in a choice that means nothing. Hence the pull of equal patches towards one latent,
+    and a codebook that starts as k-means over patches that differ, not over the background nine times in ten."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    weight = vq.quantize.embedding.weight  # [K, E]
+    side = SIZE // math.isqrt(CONFIG["vision_config"]["num_image_tokens"])
     for step in tqdm(range(steps), desc="image tokenizer"):
+        loss, pull = 0.0, 0.1
         pixels = to_pixels(random_scenes(64, rng)[0])
         latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)  # [B, E, h, w], on the sphere
-        loss = 0.0
+        flat, groups = latents.permute(0, 2, 3, 1).flatten(0, 2), same_patches(pixels, side)  # [M, E], [M]
+        centres = centres_of(flat, groups)  # [groups, E]
         if step == steps // 4:
             with torch.no_grad():
-                points = torch.cat([
-                    F.normalize(vq.quant_conv(vq.encoder(to_pixels(random_scenes(256, rng)[0]))), dim=1)
-                    for _ in range(4)
-                ])
-                points = points.permute(0, 2, 3, 1).flatten(0, 2)  # [M, E]
-                vq.quantize.embedding.weight.copy_(kmeans(points, len(vq.quantize.embedding.weight), generator))
+                pictures = to_pixels(random_scenes(512, rng)[0])
+                points = torch.cat([F.normalize(vq.quant_conv(vq.encoder(p)), dim=1) for p in pictures.split(64)])
+                points = points.permute(0, 2, 3, 1).flatten(0, 2)
+                weight.copy_(kmeans(centres_of(points, same_patches(pictures, side)), len(weight), generator))
         if step >= steps // 4:
-            flat = latents.permute(0, 2, 3, 1)  # [B, h, w, E]
-            nearest = vq.codebook()[(flat @ vq.codebook().T).argmax(-1)]
-            loss = F.mse_loss(nearest, flat.detach()) + 0.25 * F.mse_loss(flat, nearest.detach())
-            latents = latents + (nearest.permute(0, 3, 1, 2) - latents).detach()
+            centres = vq.codebook()[(centres @ vq.codebook().T).argmax(-1)]
+            codes = centres[groups].view(latents.shape[0], *latents.shape[2:], -1).permute(0, 3, 1, 2)  # as latents
+            loss, pull = F.mse_loss(codes, latents.detach()), 0.3
+            latents = latents + (codes - latents).detach()
+        loss = loss + pull * (flat - centres[groups].detach()).square().sum(-1).mean()
         restored = vq.decoder(vq.post_quant_conv(latents))
         loss = loss + F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels)
         optimizer.zero_grad()
@@ -111,15 +129,27 @@ def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if (step + 1) % 100 == 0:
-            images, contents = random_scenes(256, np.random.default_rng(7))
-            with torch.no_grad():
-                codes = vq.encode(to_pixels(images))
-                quantised = read_back(to_uint8(vq.decode(codes)), contents)
-                plain = read_back(to_uint8(vq.decoder(vq.post_quant_conv(
-                    F.normalize(vq.quant_conv(vq.encoder(to_pixels(images))), dim=1)))), contents)
-            log(stage="image tokenizer", step=step + 1, loss=loss.item(), read_back=quantised,
-                read_back_unquantised=plain, codes_in_use=len(codes.unique()))
+        if (step + 1) % 50 == 0:
+            log(stage="image tokenizer", step=step + 1, loss=loss.item(), **judge_image_tokenizer(vq))
+
+
+@torch.no_grad()
+def judge_image_tokenizer(vq: VQModel) -> dict[str, float]:
+    """How often the detector reads a picture back through the codes, and the entropy (nats) of equal patches' codes."""
+    images, contents = random_scenes(256, np.random.default_rng(7))
+    pixels = to_pixels(images)
+    codes = vq.encode(pixels)  # [B, N]
+    side = SIZE // math.isqrt(codes.shape[1])
+    counts = torch.zeros(pixels.shape[0] * codes.shape[1], len(vq.codebook()))
+    counts.index_put_((same_patches(pixels, side), codes.flatten()), torch.ones(codes.numel()), accumulate=True)
+    sizes = counts.sum(1, keepdim=True)
+    entropy = -torch.special.xlogy(counts, counts / sizes.clamp(min=1)).sum(1)
+    often = sizes[:, 0].argmax()
+    return dict(
+        read_back=read_back(to_uint8(vq.decode(codes)), contents), codes_in_use=len(codes.unique()),
+        entropy_of_ground=(entropy / sizes[:, 0].clamp(min=1))[often].item(),
+        entropy_of_rest=((entropy.sum() - entropy[often]) / (sizes.sum() - sizes[often])).item(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +164,9 @@ def build_processor(seed: int) -> JanusProcessor:
     tags = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
     rng = np.random.default_rng(seed)
     tasks = [draw_task(VOCABULARY, rng) for _ in range(5000)]
-    corpus = [f": {text}" for task in tasks for text in (task.prompt, f"\n{task.question}", task.answer + "\n\n")]
+    texts = [text for task in tasks for text in (task.prompt, f"\n{task.question}", task.answer + "\n\n")]
+    texts += [text for shape in GLYPHS for cell in CELLS for text in (f"\nWhere is the {shape}?", f"{cell}\n\n")] * 10
+    corpus = [f": {text}" for text in texts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -160,10 +192,13 @@ def build_processor(seed: int) -> JanusProcessor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The unified model
 
-# How often each category is drawn. Counts and positions are learned last, and a judge that is wrong about them would
-# be exploited by reinforcement learning, so understanding sees more of them.
-DRAWING = dict(zip(TAGS, (1, 1.5, 2, 1, 1.5, 2)))
-UNDERSTANDING = dict(zip(TAGS, (1, 1, 3, 1, 8, 2)))
+# How often each category is drawn. Positions and pairs of colors are learned last, and a judge that is wrong about them
+# would be exploited by reinforcement learning, so understanding sees more of them.
+DRAWING = dict(zip(TAGS, (0.5, 1, 1.5, 1.5, 1.5, 5)))
+UNDERSTANDING = dict(zip(TAGS, (1, 1, 2, 1, 5, 8)))
+
+
+CELLS = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
 
 
 def draw_tasks(count: int, weights: dict[str, float], rng: np.random.Generator) -> list[Task]:
@@ -197,7 +232,7 @@ def make_pool(model: Janus, count: int, rng: np.random.Generator) -> Pool:
     scenes = [layout(task, rng) for task in tasks]
     codes, restored = [], []
     for start in tqdm(range(0, count, 250), desc="encoding scenes", leave=False):
-        images = np.stack([paint(scene, rng) for scene in scenes[start : start + 250]])
+        images = np.stack([paint(scene) for scene in scenes[start : start + 250]])
         codes.append(model.vqmodel.encode(to_pixels(images)))
         restored.append(model.to_pixels(codes[-1]))
     return Pool(tasks, scenes, torch.cat(codes), torch.cat(restored))
@@ -224,6 +259,16 @@ def say(task: Task, rng: np.random.Generator) -> str:
     return task.answer
 
 
+def ask(task: Task, scene: list[tuple[str, str, int]], rng: np.random.Generator) -> tuple[str, str]:
+    """A question about a scene and its answer: the task's own, or in a third of the pictures of two things where one of
+    them is or what color it has, of which relations and pairs of colors are put together."""
+    if len(task.facts) == 2 and rng.random() < 1 / 3:
+        shape, color, cell = scene[rng.integers(2)]
+        where = f"Where is the {shape}?", CELLS[cell]
+        return where if rng.random() < 0.5 else (f"What is the color of the {shape}?", color)
+    return task.question, say(task, rng)
+
+
 def understanding_loss(
     model: Janus, probe: torch.nn.Linear, pool: Pool, count: int, rng: np.random.Generator
 ) -> Tensor:
@@ -232,14 +277,22 @@ def understanding_loss(
     old = rng.choice(len(pool.tasks), size=count // 3, replace=False)
     tasks = draw_tasks(count - len(old), UNDERSTANDING, rng)
     scenes = [layout(task, rng) for task in tasks]
-    fresh = to_pixels(np.stack([paint(scene, rng) for scene in scenes]))
+    fresh = to_pixels(np.stack([paint(scene) for scene in scenes]))
     pixels = torch.cat((pool.restored[old], fresh))
     tasks, scenes = [pool.tasks[i] for i in old] + tasks, [pool.scenes[i] for i in old] + scenes
-    answers, mask = encode_answers(model, [say(task, rng) for task in tasks])
-    logits = answer_logits(model, pixels, [task.question for task in tasks], answers)
+    questions, known = zip(*(ask(task, scene, rng) for task, scene in zip(tasks, scenes)))
+    answers, mask = encode_answers(model, list(known))
+    logits = answer_logits(model, pixels, list(questions), answers)
     answer_loss = -token_logprobs(logits, answers)[mask].mean()
     classes = torch.from_numpy(np.stack([cell_classes(scene) for scene in scenes]))
     return answer_loss + 0.3 * F.cross_entropy(probe(model.image_features(pixels)).flatten(0, 1), classes.flatten())
+
+
+def learning_rate(step: int, args) -> float:
+    """Warm-up and cosine decay, once for the clean captions and again, half as high, for the noisy ones."""
+    noisy = step >= args.clean
+    done, length = (step - args.clean, args.steps - args.clean) if noisy else (step, args.clean)
+    return (0.5 if noisy else 1.0) * args.lr * min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / length))
 
 
 def train_model(model: Janus, args, state: Path, log) -> None:
@@ -259,11 +312,10 @@ def train_model(model: Janus, args, state: Path, log) -> None:
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="model"):
         rng = np.random.default_rng((args.seed, step))
         chosen = rng.choice(len(pool.tasks), size=args.batch, replace=False)
-        noise = 0.0 if args.clean[0] <= step < args.clean[1] else args.caption_noise
+        noise = args.caption_noise if step >= args.clean else 0.0
         drawing = drawing_loss(model, [pool.tasks[i] for i in chosen], pool.codes[chosen], noise, rng)
         understanding = understanding_loss(model, probe, pool, args.batch // 2, rng)
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
-        optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 100, decay)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.zero_grad()
         (drawing + understanding).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -281,27 +333,8 @@ def train_model(model: Janus, args, state: Path, log) -> None:
             tqdm.write(table({"guided": scores}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="pretrain the tiny Janus; run again to resume")
-    parser.add_argument("--out", default="tiny/janus", help="checkpoint folder (default: tiny/janus)")
-    parser.add_argument("--tokenizer-steps", type=int, default=900, help="of the image tokenizer")
-    parser.add_argument("--steps", type=int, default=3100, help="of the unified model")
-    parser.add_argument("--batch", type=int, default=96, help="pictures drawn a step, and twice as many as asked about")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped (default: 0.4)")
-    parser.add_argument("--clean", type=int, nargs=2, default=(1200, 2800), metavar=("FROM", "TO"),
-                        help="steps with clean captions in between, where words take hold (default: 1200 2800)")
-    parser.add_argument("--scenes", type=int, default=20_000, help="pictures to draw from")
-    parser.add_argument("--guidance", type=float, default=3.0, help="the checkpoint's default guidance")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    work = Path(args.out + ".work")
-    work.mkdir(parents=True, exist_ok=True)
-
-    def log(**fields) -> None:
-        with open(work / "log.jsonl", "a") as file:
-            file.write(json.dumps(fields) + "\n")
-
+def new_model(args, work: Path, log) -> Janus:
+    """Random weights around an image tokenizer, which is trained first unless an earlier call did."""
     torch.manual_seed(args.seed)
     config = JanusConfig(**CONFIG, world="shapes")
     model = Janus(config, build_processor(args.seed), args.guidance)
@@ -314,6 +347,35 @@ def main() -> None:
         train_image_tokenizer(model.vqmodel, args.tokenizer_steps, args.seed, log)
         save_file(model.vqmodel.state_dict(), tokenizer)
     model.vqmodel.load_state_dict(load_file(tokenizer))
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="pretrain the tiny Janus; run again to resume")
+    parser.add_argument("--out", default="tiny/janus", help="checkpoint folder (default: tiny/janus)")
+    parser.add_argument("--start", metavar="FOLDER", help="go on from this checkpoint's weights")
+    parser.add_argument("--tokenizer-steps", type=int, default=700, help="of the image tokenizer")
+    parser.add_argument("--steps", type=int, default=4700, help="of the unified model")
+    parser.add_argument("--batch", type=int, default=96, help="pictures drawn a step, and twice as many as asked about")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--clean", type=int, default=4000, help="first steps, in which every caption is right")
+    parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
+    parser.add_argument("--scenes", type=int, default=20_000, help="pictures to draw from")
+    parser.add_argument("--guidance", type=float, default=3.0, help="the checkpoint's default guidance")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    work = Path(args.out + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+
+    def log(**fields) -> None:
+        with open(work / "log.jsonl", "a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    if args.start:
+        model = load(args.start)
+        model.guidance = args.guidance
+    else:
+        model = new_model(args, work, log)
     model.vqmodel.requires_grad_(False)
     train_model(model, args, work / "state.pt", log)
     save(model.to(torch.bfloat16), args.out)  # half the size in the repository; loading widens it again

@@ -1,0 +1,373 @@
+"""Self-improving SFT: a unified model draws, and learns from the known answer to a question about its own picture.
+
+    torchrun sft.py                                    # the tiny Janus, two CPU cores, under ten minutes
+    torchrun sft.py --mode end-to-end                  # through the image tokens, by straight-through Gumbel-softmax
+    torchrun --nproc_per_node 8 sft.py --model janus-pro-1b --out runs/janus-sft
+
+UniRL (Mao, Yang, Shou, arXiv 2505.23380), whose training code was never published. A prompt is built from facts, so the
+answer to its question is known. Two ways to learn from it:
+
+- `end-to-end`: cross-entropy of the known answer about the model's own picture, back-propagated through the picture:
+  answer <- trunk <- SigLIP <- pixels <- VQ decoder <- codebook <- relaxed one-hots <- generator.
+- `two-stage`: cross-entropy of the known answer, and cross-entropy of the image tokens of those own pictures whose
+  answer came out right (expert iteration), from a buffer of recent ones.
+
+How this differs from the paper, or fixes what the paper leaves open:
+
+1. No gradient runs through the sampling loop. Images are sampled first; one parallel pass recomputes their logits, and
+   the Gumbel noise is drawn conditioned on the sampled codes, so that the relaxed image is the very image sampled.
+2. The likelihood of image tokens is that of the guided, tempered distribution they were sampled from (--logprob). To
+   raise the conditional branch's alone applies guidance on top of what guidance already did, round after round.
+3. A KL to the starting model on the image tokens of fresh pictures (--beta), as in grpo.py.
+4. The detector of `evaluate.py` only measures. It selects no picture.
+
+Files in --out: as of grpo.py. Keys of a line of metrics.jsonl, all means over the step's trajectories unless said:
+
+    reward, reward_<tag>   share of own pictures answered right (greedy), over all and over one category's
+    buffer                 pictures in this rank's replay buffer (two-stage)
+    loss                   the objective below, summed over ranks
+    loss_answer            cross-entropy of the known answer's tokens about own pictures, nats a token
+    loss_image             cross-entropy of the replayed pictures' codes, nats a code (two-stage)
+    kl_image               k3 estimate of KL(policy || reference) a code of fresh pictures
+    rollout_difference     |log-prob of the training pass - of the sampler| a code
+    entropy_image          of the policy's distribution of a code, nats
+    grad_norm, lr, seconds gradient norm before clipping; learning rate; wall-clock seconds of the step
+    memory                 GB this process has used at most: allocated on its GPU, or resident
+    held_out               every --eval-every steps: overall detector score and understanding of held-out prompts
+"""
+
+import argparse
+import json
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluate import (
+    contact_sheet_of, evaluate, fill_in, finish, load_optimizer, open_run, report, resumed, world_of, write_json,
+)
+from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
+from reward import Task, draw_task, score, task_key
+from sample import (
+    Answers, Images, answer_logits, bound_gradient, encode_answers, gather, image_logits, k3, non_negative, peak_memory,
+    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, sum_gradients, sum_over_ranks,
+    token_logprobs, trajectory_mean,
+)
+
+MODES = ("two-stage", "end-to-end")
+# The recommended runs in the tiny world and for real models (there the paper's learning rate and batch), two-stage, and
+# what is different end-to-end.
+TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "lr": 1e-4, "beta": 0.01, "image_weight": 1.0,
+        "answer_weight": 0.05, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False}
+REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03, "image_weight": 1.0,
+        "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True}
+END_TO_END = {}
+PATIENCE = 10  # steps in a row without a right answer ever, or with no gradient, before a run is stopped
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step's parts
+
+
+@dataclass
+class Rollout:
+    """A micro-batch of trajectories: B images and an answer about each."""
+
+    tasks: list[Task]
+    seeds: list[int]
+    images: Images
+    pixels: Tensor  # [B, 3, H, W]
+    answers: Answers  # greedy
+
+
+@dataclass
+class Kept:
+    """A picture in the replay buffer, whose answer was right."""
+
+    prompt: str
+    codes: Tensor  # [N]
+
+
+def roll_out(policy: Janus, judge: Janus, tasks: list[Task], seeds: list[int], args) -> Rollout:
+    """An image by the policy for every task, and the judge's answer about each image."""
+    prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
+    images = sample_images(policy, prompts, seeds, args.guidance, args.temperature, not args.no_compile)
+    with torch.no_grad():
+        pixels = policy.to_pixels(images.codes)
+    return Rollout(tasks, seeds, images, pixels, sample_answers(judge, pixels, questions, max_tokens=args.max_tokens))
+
+
+def answer_loss(model: Janus, rollout: Rollout, pixels: Tensor) -> Tensor:
+    """Cross-entropy [B] of the known answers about pictures [B, 3, H, W], a mean over each answer's tokens."""
+    ids, mask = encode_answers(model, [task.answer for task in rollout.tasks])
+    logits = answer_logits(model, pixels, [task.question for task in rollout.tasks], ids)
+    return trajectory_mean(-token_logprobs(logits, ids), mask)
+
+
+def replay_loss(policy: Janus, kept: list[Kept], empty: Tensor, args) -> Tensor:
+    """Cross-entropy [B] of replayed pictures' codes given their prompts, or guidance's empty one where `empty`."""
+    ids, mask = policy.generation_prompt([picture.prompt for picture in kept])
+    ids = policy.unconditional(ids, mask).where(empty[:, None], ids)
+    images = Images(torch.stack([picture.codes for picture in kept]), None, ids, mask)
+    logits = image_logits(policy, images, args.guidance, args.temperature, args.logprob)
+    return -token_logprobs(logits, images.codes).mean(1)
+
+
+def objective(
+    policy: Janus, judge: Janus, reference: Janus, rollout: Rollout, replay: list[Kept], empty: Tensor, args
+) -> tuple[Tensor, dict]:
+    """The loss summed over these trajectories, and sums over them of what is logged."""
+    codes, sampled = rollout.images.codes, rollout.images.logprobs
+    logits = image_logits(policy, rollout.images, args.guidance, args.temperature, args.logprob)  # [B, N, V]
+    with torch.no_grad():
+        before = image_logits(reference, rollout.images, args.guidance, args.temperature, args.logprob)
+        distribution = logits.log_softmax(-1)
+    logprobs = token_logprobs(logits, codes)  # [B, N]
+    kl = k3(logprobs, token_logprobs(before, codes)).mean(1)
+    pixels, loss = rollout.pixels, args.beta * kl
+    sums = {}
+    if args.mode == "end-to-end":
+        relaxed = relaxed_codes(logits, codes, args.tau, rollout.seeds)
+        pixels = policy.to_pixels(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
+        if judge is not policy:  # it shows the way to the picture; the policy's own answers learn beside it
+            loss = loss + args.image_weight * answer_loss(judge, rollout, pixels)
+            pixels = rollout.pixels
+    elif replay:
+        image = replay_loss(policy, replay, empty, args)
+        loss, sums["loss_image"] = loss + args.image_weight * image, image.sum()
+    answer = answer_loss(policy, rollout, pixels)
+    loss = loss + args.answer_weight * answer
+    return loss.sum(), {
+        "loss": loss.sum(), "loss_answer": answer.sum(), **sums, "kl_image": kl.sum(),
+        "rollout_difference": (logprobs - sampled).abs().mean(1).sum(),
+        "entropy_image": -(distribution.exp() * distribution).sum(-1).mean(1).sum(),
+    }
+
+
+def update(
+    policy: Janus, judge: Janus, reference: Janus, optimizer, weights: list, rollouts: list[Rollout],
+    replay: list[tuple[list[Kept], Tensor]], args, compute,
+) -> dict[str, float]:
+    """One optimizer step on all ranks' trajectories, accumulated over micro-batches. Means over them of what is logged;
+    nothing is changed where loss or gradient are not finite."""
+    optimizer.zero_grad()
+    count, totals = args.prompts * args.group, {}
+    for rollout, (kept, empty) in zip(rollouts, replay):
+        with compute:
+            loss, sums = objective(policy, judge, reference, rollout, kept, empty, args)
+        (loss / count).backward()
+        totals = {key: totals.get(key, 0) + value.detach() for key, value in sums.items()}
+    sum_gradients(weights)
+    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+    means = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / count).tolist()))
+    if np.isfinite(norm) and np.isfinite(means["loss"]):
+        optimizer.step()
+    return {**means, "grad_norm": norm}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_batch(rollouts: list[Rollout], path: Path) -> None:
+    """What was sampled, to look into what went wrong: torch.load(path, weights_only=True)."""
+    torch.save([
+        {"prompts": [task.prompt for task in r.tasks], "codes": r.images.codes, "logprobs": r.images.logprobs,
+         "answers": r.answers.texts} for r in rollouts
+    ], path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags; those left out take the recommended value for the model's world once it is loaded (`fill_in`)."""
+
+    def both(key: str) -> str:
+        return f"(default: {TINY[key]:g} in the tiny world, {REAL[key]:g} else)"
+
+    parser = argparse.ArgumentParser(description="self-improving SFT", allow_abbrev=False)
+    add = parser.add_argument_group("run").add_argument
+    add("--model", default="tiny", help=f"{', '.join(NAMES)}, a hub id or a folder (default: tiny)")
+    add("--mode", choices=MODES, help="how the image tokens learn (default: two-stage)")
+    add("--out", default="runs/sft", help="output folder (default: runs/sft)")
+    add("--resume", metavar="FOLDER", help="go on with the run in this folder, with its flags")
+    add("--seed", type=non_negative(int), default=0)
+    add("--steps", type=positive(int), help=both("steps"))
+    add("--save-every", type=positive(int), default=100, help="steps between checkpoints (default: 100)")
+    add("--eval-every", type=non_negative(int), help="steps between held-out scores, 0: never " + both("eval_every"))
+    add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
+    add("--no-compile", action="store_true", help="start at once, sample slower")
+    add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights stay float32")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--prompts", type=positive(int), help="prompts a step, over all ranks " + both("prompts"))
+    add("--group", type=positive(int), default=1, help="images a prompt (default: 1)")
+    add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
+    add("--guidance", type=non_negative(float), help="w (default: the checkpoint's)")
+    add("--temperature", type=positive(float), default=1.0, help="of image tokens (default: 1)")
+    add("--max-tokens", type=positive(int), help="of an answer " + both("max_tokens"))
+    add = parser.add_argument_group("learning").add_argument
+    add("--logprob", choices=["guided", "detached", "conditional"], default="guided",
+        help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
+    add("--lr", type=positive(float), help=both("lr"))
+    add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
+    add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
+    add("--image-weight", type=non_negative(float), help="of what image tokens learn from " + both("image_weight"))
+    add("--answer-weight", type=non_negative(float), help="of the known answers' loss " + both("answer_weight"))
+    add("--replay", type=positive(int), default=2000, help="pictures in the replay buffer (default: 2000)")
+    add("--caption-dropout", type=non_negative(float), default=0.1,
+        help="share of replayed pictures that teach the guidance's empty prompt (default: 0.1)")
+    add("--tau", type=positive(float), default=1.0, help="of the straight-through Gumbel-softmax (default: 1)")
+    add("--picture-clip", type=positive(float), default=1.0,
+        help="of the norm of the end-to-end gradient in each picture's codes (default: 1)")
+    add("--judge", choices=["policy", "frozen"], default="policy",
+        help="who answers, and so passes the end-to-end gradient: the policy or its frozen start (default: policy)")
+    add("--max-grad-norm", type=positive(float), default=1.0, help="(default: 1)")
+    add("--freeze", nargs="*", default=["vision_model", "vqmodel"], choices=PARTS, metavar="PART",
+        help=f"parts that stay as they are, of {', '.join(PARTS)} (default: vision_model vqmodel)")
+    add("--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing " + both("recompute"))
+    args = parser.parse_args(argv)
+    if args.caption_dropout > 1:
+        parser.error(f"--caption-dropout {args.caption_dropout:g} is not a share: give at most 1")
+    if args.resume:
+        return resumed(args, "sft.py")
+    args.script, args.mode = "sft.py", args.mode or "two-stage"
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    args = parse_args()
+    rank, ranks, device = start_ranks()
+    policy = load(args.model, device)
+    world = world_of(policy)
+    defaults = {**(TINY if world.detect else REAL), **(END_TO_END if args.mode == "end-to-end" else {})}
+    fill_in(args, defaults, policy, ranks)
+    if not args.answer_weight and not args.image_weight:
+        raise UserError("--image-weight and --answer-weight are both 0: nothing would be trained")
+    for part in args.freeze:
+        policy.get_submodule(part).requires_grad_(False)
+    policy.recompute(args.recompute)
+    reference = frozen_copy(policy)
+    out, start = open_run(args, rank)
+    if start:
+        policy.load_state_dict(load(str(out / f"step_{start:06d}")).state_dict())
+    judge = reference if args.judge == "frozen" else policy
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    buffer = deque(maxlen=args.replay)  # of right pictures, the newest
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if start:
+        load_optimizer(optimizer, out / f"step_{start:06d}")
+        saved = torch.load(out / f"step_{start:06d}" / "buffer.pt", device, weights_only=True)
+        buffer.extend(map(Kept, saved["prompts"], saved["codes"]))
+    compute = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda")
+    held_out = frozenset(task_key(task) for task in world.suite)
+    began, idle, compiled = time.time(), 0, not args.no_compile
+
+    def measure(name: str, images: int) -> tuple[dict, list[dict]]:
+        with compute:
+            return evaluate(
+                policy, world, args.guidance, args.temperature, images, 0, args.micro_batch, compiled, progress=name
+            )
+
+    if rank == 0 and compiled:
+        print("compiling the sampler on first use: about a minute (--no-compile avoids it)", flush=True)
+    if (out / "before.json").exists():
+        before = json.loads((out / "before.json").read_text())
+    else:
+        before, records = measure("before", args.eval_images)
+        if rank == 0:
+            write_json(out / "before.json", before)
+            report(records, out / "before.png")
+
+    bar = tqdm(range(start, args.steps), "sft", args.steps, initial=start, disable=None if rank == 0 else True)
+    for step in bar:
+        clock = time.time()
+        # 1. Draw prompts whose facts are known, the same on every rank; this rank takes its share of the trajectories.
+        rng = np.random.default_rng((args.seed, step))
+        tasks = [draw_task(world.vocabulary, rng, held_out) for _ in range(args.prompts)]
+        tasks = [task for task in tasks for _ in range(args.group)]
+        seeds = rng.integers(2**62, size=len(tasks)).tolist()
+        share = len(tasks) // ranks
+        starts = range(rank * share, (rank + 1) * share, args.micro_batch)
+        rows = [slice(first, first + args.micro_batch) for first in starts]
+
+        with compute:
+            # 2. Draw an image for every trajectory and answer its question about it.
+            rollouts = [roll_out(policy, judge, tasks[part], seeds[part], args) for part in rows]
+
+            # 3. Which answers are right?
+            mine = [
+                score(text, task, world.vocabulary) for r in rollouts for text, task in zip(r.answers.texts, r.tasks)
+            ]
+            rewards = gather(torch.tensor(mine, device=device)).view(args.prompts, args.group)
+
+        # 4. Keep the pictures that were, on every rank the same ones, and choose some of those kept to learn from.
+        replay = [([], None)] * len(rows)
+        if args.mode == "two-stage":
+            codes = gather(torch.cat([rollout.images.codes for rollout in rollouts]))  # [prompts * group, N]
+            right = rewards.flatten() == 1
+            buffer.extend(Kept(tasks[i].prompt, codes[i]) for i in right.nonzero().flatten().tolist())
+            chosen, dropped = rng.random(len(tasks)), torch.from_numpy(rng.random(len(tasks)) < args.caption_dropout)
+            if buffer:
+                kept = [buffer[int(place * len(buffer))] for place in chosen]
+                replay = [(kept[part], dropped[part].to(device)) for part in rows]
+
+        # 5. Learn the known answers, and what led to right ones.
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / (args.warmup + 1))
+        means = update(policy, judge, reference, optimizer, weights, rollouts, replay, args, compute)
+        if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
+            save_batch(rollouts, out / f"failed_batch_rank{rank}.pt")
+            raise UserError(f"step {step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']}. The batch "
+                            f"is in {out}, the last checkpoint is intact; try a lower --lr")
+
+        # 6. Log, look, measure, save.
+        by_tag = {}
+        for task, group in zip(tasks[:: args.group], rewards.tolist()):
+            by_tag.setdefault(f"reward_{task.tag}", []).extend(group)
+        line = {
+            "step": step + 1, "reward": rewards.mean().item(), "buffer": len(buffer), **means,
+            "lr": optimizer.param_groups[0]["lr"],
+            **{key: float(np.mean(values)) for key, values in sorted(by_tag.items())},
+        }
+        last = step + 1 == args.steps
+        if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+            scores, _ = measure("held-out", min(2, args.eval_images))
+            line["held_out"] = {"generation": scores["generation"]["overall"], **scores["understanding"]}
+            bar.set_postfix_str(f"held-out {line['held_out']['generation'] or 0:.3f}")
+        line |= {"seconds": time.time() - clock, "memory": peak_memory(device)}
+        if rank == 0:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            bar.set_description(f"sft, self-reward {line['reward']:.2f}")
+            if step == 0 or (step + 1) % 25 == 0 or last:
+                contact_sheet_of(rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
+            if (step + 1) % args.save_every == 0 or last:
+                kept = {"prompts": [k.prompt for k in buffer], "codes": [k.codes for k in buffer]}
+                extra = {"optimizer.pt": optimizer.state_dict(), "buffer.pt": kept}
+                save(policy, out / f"step_{step + 1:06d}", extra)
+        idle = idle + 1 if means["grad_norm"] == 0 or args.mode == "two-stage" and not buffer else 0
+        if idle == PATIENCE:
+            raise UserError(
+                f"stopped at step {step + 1}: for {PATIENCE} steps no answer was right, or no gradient came back, so "
+                "no image token learned anything. The task is hopeless or the model collapsed at this setting: look at "
+                "the samples; try another --guidance, or an earlier checkpoint"
+            )
+
+    after, records = measure("after", args.eval_images)
+    if rank == 0:
+        finish(args, before, after, records, world, time.time() - began)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
