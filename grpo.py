@@ -22,7 +22,8 @@ How this differs from the paper, or fixes what the paper leaves open:
 4. Each trajectory's loss is the mean over its image tokens plus the mean over its answer tokens (weighted), so that
    hundreds of image tokens do not drown a handful of answer tokens.
 5. End-to-end, images are sampled first; one parallel pass recomputes their logits, and the Gumbel noise is drawn
-   conditioned on the sampled codes, so that no gradient has to run through the sampling loop.
+   conditioned on the sampled codes, so that no gradient has to run through the sampling loop. A frozen copy of the
+   starting model answers and passes the gradient on (--judge), cut to a norm in each picture (--picture-clip).
 6. The detector of `evaluate.py` only measures. It never enters the reward.
 
 Files in --out: args.json, metrics.jsonl, samples/step_*.png, step_*/ (checkpoints that --model and transformers open),
@@ -54,7 +55,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import (
-    World, contact_sheet_of, evaluate, fill_in, finish, load_optimizer, open_run, report, resumed, world_of, write_json,
+    World, contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, open_run, report, resumed, world_of,
+    write_json,
 )
 from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
@@ -66,12 +68,15 @@ from sample import (
 
 MODES = ("two-stage", "end-to-end")
 # The recommended runs in the tiny world and for real models (there the paper's learning rate and group), two-stage, and
-# what is different end-to-end.
-TINY = {"steps": 70, "prompts": 24, "group": 12, "micro_batch": 144, "lr": 1e-4, "beta": 0.01, "answer_weight": 0.0,
-        "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False}
+# with what is different end-to-end.
+TINY = {"steps": 80, "prompts": 24, "group": 12, "micro_batch": 144, "lr": 1.5e-4, "beta": 0.01, "answer_weight": 0.0,
+        "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False, "judge": "policy"}
 REAL = {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "lr": 1e-5, "beta": 0.03, "answer_weight": 0.3,
-        "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True}
-END_TO_END = {"answer_weight": 1.0}
+        "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
+TINY_END_TO_END = {
+    **TINY, "steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"
+}
+REAL_END_TO_END = {**REAL, "answer_weight": 1.0, "judge": "frozen"}
 PATIENCE = 10  # steps in a row without any spread of rewards, or with no gradient, before a run is stopped
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +220,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; those left out take the recommended value for the model's world once it is loaded (`fill_in`)."""
 
     def both(key: str) -> str:
-        return f"(default: {TINY[key]:g} in the tiny world, {REAL[key]:g} else)"
+        values = (f"{a[key]:g}" + f" ({b[key]:g} end-to-end)" * (a[key] != b[key])
+                  for a, b in ((TINY, TINY_END_TO_END), (REAL, REAL_END_TO_END)))
+        return "(default: {} in the tiny world, {} else)".format(*values)
 
     parser = argparse.ArgumentParser(description="self-improving GRPO", allow_abbrev=False)
     add = parser.add_argument_group("run").add_argument
@@ -241,7 +248,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reward", choices=["exact", "partial", "likelihood"], default="exact", help="(default: exact)")
     add("--logprob", choices=["guided", "detached", "conditional"], default="guided",
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
-    add("--lr", type=positive(float), help=both("lr"))
+    add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
     add("--clip", type=positive(float), default=0.2, help="of the ratio (default: 0.2)")
@@ -251,8 +258,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tau", type=positive(float), default=1.0, help="of the straight-through Gumbel-softmax (default: 1)")
     add("--picture-clip", type=positive(float), default=1.0,
         help="of the norm of the end-to-end gradient in each picture's codes (default: 1)")
-    add("--judge", choices=["policy", "frozen"], default="policy",
-        help="who answers, and so passes the end-to-end gradient: the policy or its frozen start (default: policy)")
+    add("--judge", choices=["policy", "frozen"],
+        help="who answers: the policy or its frozen start (default: frozen end-to-end, whose gradient it passes on)")
     add("--max-grad-norm", type=positive(float), default=1.0, help="(default: 1)")
     add("--freeze", nargs="*", default=["vision_model", "vqmodel"], choices=PARTS, metavar="PART",
         help=f"parts that stay as they are, of {', '.join(PARTS)} (default: vision_model vqmodel)")
@@ -274,8 +281,8 @@ def main() -> None:
     rank, ranks, device = start_ranks()
     policy = load(args.model, device)
     world = world_of(policy)
-    defaults = {**(TINY if world.detect else REAL), **(END_TO_END if args.mode == "end-to-end" else {})}
-    fill_in(args, defaults, policy, ranks)
+    two_stage, end_to_end = (TINY, TINY_END_TO_END) if world.detect else (REAL, REAL_END_TO_END)
+    fill_in(args, two_stage if args.mode == "two-stage" else end_to_end, policy, ranks)
     if not args.answer_weight and (args.mode == "end-to-end" or not args.image_weight):
         raise UserError("--answer-weight is 0, and nothing else would be trained")
     if args.judge == "frozen" and args.mode == "two-stage" and args.answer_weight:
@@ -338,7 +345,7 @@ def main() -> None:
                 score_by_reference(reference, rollout, args)
 
         # 5. Raise what did better than its group.
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / (args.warmup + 1))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         for epoch in range(args.epochs):
             parts = [advantages[part] for part in rows]
             means = update(policy, judge, optimizer, weights, rollouts, parts, args, compute)

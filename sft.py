@@ -19,7 +19,10 @@ How this differs from the paper, or fixes what the paper leaves open:
 2. The likelihood of image tokens is that of the guided, tempered distribution they were sampled from (--logprob). To
    raise the conditional branch's alone applies guidance on top of what guidance already did, round after round.
 3. A KL to the starting model on the image tokens of fresh pictures (--beta), as in grpo.py.
-4. The detector of `evaluate.py` only measures. It selects no picture.
+4. End-to-end, a frozen copy of the starting model answers and passes the gradient on (--judge). The policy itself would
+   at the same time be taught the known answers about pictures that do not show them, and forget how to see. Each
+   picture's gradient is cut to a norm, or a few pictures would decide every step (--picture-clip).
+5. The detector of `evaluate.py` only measures. It selects no picture.
 
 Files in --out: as of grpo.py. Keys of a line of metrics.jsonl, all means over the step's trajectories unless said:
 
@@ -50,7 +53,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import (
-    contact_sheet_of, evaluate, fill_in, finish, load_optimizer, open_run, report, resumed, world_of, write_json,
+    contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, open_run, report, resumed, world_of,
+    write_json,
 )
 from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
@@ -62,12 +66,14 @@ from sample import (
 
 MODES = ("two-stage", "end-to-end")
 # The recommended runs in the tiny world and for real models (there the paper's learning rate and batch), two-stage, and
-# what is different end-to-end.
-TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "lr": 1e-4, "beta": 0.01, "image_weight": 1.0,
-        "answer_weight": 0.05, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False}
+# with what is different end-to-end.
+TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "lr": 2e-4, "beta": 0.01, "image_weight": 1.0,
+        "answer_weight": 0.02, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False,
+        "judge": "policy"}
 REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03, "image_weight": 1.0,
-        "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True}
-END_TO_END = {}
+        "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
+TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
+REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
 PATIENCE = 10  # steps in a row without a right answer ever, or with no gradient, before a run is stopped
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,18 +135,16 @@ def objective(
         distribution = logits.log_softmax(-1)
     logprobs = token_logprobs(logits, codes)  # [B, N]
     kl = k3(logprobs, token_logprobs(before, codes)).mean(1)
-    pixels, loss = rollout.pixels, args.beta * kl
-    sums = {}
+    loss, sums = args.beta * kl, {}
     if args.mode == "end-to-end":
         relaxed = relaxed_codes(logits, codes, args.tau, rollout.seeds)
         pixels = policy.to_pixels(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
-        if judge is not policy:  # it shows the way to the picture; the policy's own answers learn beside it
-            loss = loss + args.image_weight * answer_loss(judge, rollout, pixels)
-            pixels = rollout.pixels
+        loss = loss + args.image_weight * answer_loss(judge, rollout, pixels)
     elif replay:
         image = replay_loss(policy, replay, empty, args)
         loss, sums["loss_image"] = loss + args.image_weight * image, image.sum()
-    answer = answer_loss(policy, rollout, pixels)
+    with torch.set_grad_enabled(args.answer_weight > 0):
+        answer = answer_loss(policy, rollout, rollout.pixels)
     loss = loss + args.answer_weight * answer
     return loss.sum(), {
         "loss": loss.sum(), "loss_answer": answer.sum(), **sums, "kl_image": kl.sum(),
@@ -189,7 +193,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; those left out take the recommended value for the model's world once it is loaded (`fill_in`)."""
 
     def both(key: str) -> str:
-        return f"(default: {TINY[key]:g} in the tiny world, {REAL[key]:g} else)"
+        values = (f"{a[key]:g}" + f" ({b[key]:g} end-to-end)" * (a[key] != b[key])
+                  for a, b in ((TINY, TINY_END_TO_END), (REAL, REAL_END_TO_END)))
+        return "(default: {} in the tiny world, {} else)".format(*values)
 
     parser = argparse.ArgumentParser(description="self-improving SFT", allow_abbrev=False)
     add = parser.add_argument_group("run").add_argument
@@ -214,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("learning").add_argument
     add("--logprob", choices=["guided", "detached", "conditional"], default="guided",
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
-    add("--lr", type=positive(float), help=both("lr"))
+    add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
     add("--image-weight", type=non_negative(float), help="of what image tokens learn from " + both("image_weight"))
@@ -225,8 +231,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tau", type=positive(float), default=1.0, help="of the straight-through Gumbel-softmax (default: 1)")
     add("--picture-clip", type=positive(float), default=1.0,
         help="of the norm of the end-to-end gradient in each picture's codes (default: 1)")
-    add("--judge", choices=["policy", "frozen"], default="policy",
-        help="who answers, and so passes the end-to-end gradient: the policy or its frozen start (default: policy)")
+    add("--judge", choices=["policy", "frozen"],
+        help="who answers: the policy or its frozen start (default: frozen end-to-end, whose gradient it passes on)")
     add("--max-grad-norm", type=positive(float), default=1.0, help="(default: 1)")
     add("--freeze", nargs="*", default=["vision_model", "vqmodel"], choices=PARTS, metavar="PART",
         help=f"parts that stay as they are, of {', '.join(PARTS)} (default: vision_model vqmodel)")
@@ -248,8 +254,8 @@ def main() -> None:
     rank, ranks, device = start_ranks()
     policy = load(args.model, device)
     world = world_of(policy)
-    defaults = {**(TINY if world.detect else REAL), **(END_TO_END if args.mode == "end-to-end" else {})}
-    fill_in(args, defaults, policy, ranks)
+    two_stage, end_to_end = (TINY, TINY_END_TO_END) if world.detect else (REAL, REAL_END_TO_END)
+    fill_in(args, two_stage if args.mode == "two-stage" else end_to_end, policy, ranks)
     if not args.answer_weight and not args.image_weight:
         raise UserError("--image-weight and --answer-weight are both 0: nothing would be trained")
     for part in args.freeze:
@@ -321,7 +327,7 @@ def main() -> None:
                 replay = [(kept[part], dropped[part].to(device)) for part in rows]
 
         # 5. Learn the known answers, and what led to right ones.
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / (args.warmup + 1))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         means = update(policy, judge, reference, optimizer, weights, rollouts, replay, args, compute)
         if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
             save_batch(rollouts, out / f"failed_batch_rank{rank}.pt")
