@@ -68,7 +68,7 @@ MODES = ("two-stage", "end-to-end")
 # The recommended runs in the tiny world and for real models (there the paper's learning rate and batch), two-stage, and
 # with what is different end-to-end.
 TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "lr": 2e-4, "beta": 0.01, "image_weight": 1.0,
-        "answer_weight": 0.02, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False,
+        "answer_weight": 0.0, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False,
         "judge": "policy"}
 REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03, "image_weight": 1.0,
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
