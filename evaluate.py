@@ -135,7 +135,7 @@ def world_of(model: Janus) -> World:
 
 
 def evaluate(
-    model: Janus, world: World, guidance: float, temperature: float = 1.0, images_per_prompt: int = 7, seed: int = 0,
+    model: Janus, world: World, guidance: float, temperature: float = 1.0, images_per_prompt: int = 6, seed: int = 0,
     batch: int = 144, compiled: bool = True, progress: str = "scoring",
 ) -> tuple[dict, list[dict]]:
     """Scores of the model in the world, and a record for every image (task, pixels, answers, verdicts). With several
@@ -331,6 +331,38 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: no optimizer state to resume from ({str(error).splitlines()[0]})") from None
+
+
+def score_before(out: Path, rank: int, measure: Callable[[], tuple[dict, list[dict]]]) -> dict:
+    """The scores before training: those in the folder, or what `measure` says, which is then put there."""
+    if (out / "before.json").exists():
+        return json.loads((out / "before.json").read_text())
+    scores, records = measure()
+    if rank == 0:
+        write_json(out / "before.json", scores)
+        report(records, out / "before.png")
+    return scores
+
+
+def stop_unless_finite(means: dict[str, float], rollouts: Sequence, out: Path, rank: int, step: int) -> None:
+    """Raises UserError where an update's loss or gradient was not finite, after writing down what had been sampled, to
+    look into: torch.load(path, weights_only=True)."""
+    if np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"]):
+        return
+    torch.save([
+        {"prompts": [task.prompt for task in r.tasks], "codes": r.images.codes, "logprobs": r.images.logprobs,
+         "answers": r.answers.texts, "answer_logprobs": r.answers.logprobs} for r in rollouts
+    ], out / f"failed_batch_rank{rank}.pt")
+    raise UserError(f"step {step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']}. The batch "
+                    f"is in {out}, the last checkpoint is intact; try a lower --lr")
+
+
+def mean_rewards(tasks: Sequence[Task], rewards: Sequence[float]) -> dict[str, float]:
+    """The rewards' mean over all trajectories, and over those of each category that occurs."""
+    by_tag = {}
+    for task, reward in zip(tasks, rewards):
+        by_tag.setdefault(f"reward_{task.tag}", []).append(reward)
+    return {"reward": float(np.mean(rewards)), **{key: float(np.mean(by_tag[key])) for key in sorted(by_tag)}}
 
 
 def contact_sheet_of(rollouts: Sequence, rewards: Sequence[float], path: Path, count: int = 24) -> None:

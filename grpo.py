@@ -46,7 +46,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,15 +55,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import (
-    World, contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, open_run, report, resumed, world_of,
-    write_json,
+    World, contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, mean_rewards, open_run, resumed,
+    score_before, stop_unless_finite, world_of,
 )
 from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
 from sample import (
     Answers, Images, answer_logits, bound_gradient, encode_answers, gather, image_logits, k3, non_negative, peak_memory,
-    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, sum_gradients, sum_over_ranks,
-    token_logprobs, trajectory_mean,
+    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean, update,
 )
 
 MODES = ("two-stage", "end-to-end")
@@ -180,39 +179,6 @@ def score_by_reference(reference: Janus, rollout: Rollout, args) -> None:
             rollout.reference_answers = token_logprobs(answers, rollout.answers.ids)
 
 
-def update(
-    policy: Janus, judge: Janus, optimizer, weights: list, rollouts: list[Rollout], advantages: list[Tensor], args,
-    compute,
-) -> dict[str, float]:
-    """One optimizer step on all ranks' trajectories, accumulated over micro-batches. Means over them of what is logged;
-    nothing is changed where loss or gradient are not finite."""
-    optimizer.zero_grad()
-    count, totals = args.prompts * args.group, {}
-    for rollout, part in zip(rollouts, advantages):
-        with compute:
-            loss, sums = objective(policy, judge, rollout, part, args)
-        (loss / count).backward()
-        totals = {key: totals.get(key, 0) + value.detach() for key, value in sums.items()}
-    sum_gradients(weights)
-    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
-    means = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / count).tolist()))
-    if np.isfinite(norm) and np.isfinite(means["loss"]):
-        optimizer.step()
-    return {**means, "grad_norm": norm}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def save_batch(rollouts: list[Rollout], path: Path) -> None:
-    """What was sampled, to look into what went wrong: torch.load(path, weights_only=True)."""
-    torch.save([
-        {"prompts": [task.prompt for task in r.tasks], "codes": r.images.codes, "logprobs": r.images.logprobs,
-         "answers": r.answers.texts, "answer_logprobs": r.answers.logprobs} for r in rollouts
-    ], path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +233,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.group == 1:
         parser.error("--group 1 has nothing to compare: give at least 2")
+    if args.image_weight == args.answer_weight == 0:
+        parser.error("--image-weight and --answer-weight are both 0: nothing would be trained")
     if args.resume:
         return resumed(args, "grpo.py")
     args.script, args.mode = "grpo.py", args.mode or "two-stage"
@@ -311,13 +279,7 @@ def main() -> None:
 
     if rank == 0 and compiled:
         print("compiling the sampler on first use: about a minute (--no-compile avoids it)", flush=True)
-    if (out / "before.json").exists():
-        before = json.loads((out / "before.json").read_text())
-    else:
-        before, records = measure("before", args.eval_images)
-        if rank == 0:
-            write_json(out / "before.json", before)
-            report(records, out / "before.png")
+    before = score_before(out, rank, lambda: measure("before", args.eval_images))
 
     bar = tqdm(range(start, args.steps), "grpo", args.steps, initial=start, disable=None if rank == 0 else True)
     for step in bar:
@@ -346,24 +308,20 @@ def main() -> None:
 
         # 5. Raise what did better than its group.
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        objectives = [
+            partial(objective, policy, judge, rollout, advantages[part], args) for rollout, part in zip(rollouts, rows)
+        ]
         for epoch in range(args.epochs):
-            parts = [advantages[part] for part in rows]
-            means = update(policy, judge, optimizer, weights, rollouts, parts, args, compute)
-            first = means if epoch == 0 else first
-            if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
-                save_batch(rollouts, out / f"failed_batch_rank{rank}.pt")
-                raise UserError(f"step {step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']}. The batch "
-                                f"is in {out}, the last checkpoint is intact; try a lower --lr")
+            means = update(optimizer, weights, objectives, len(tasks), args.max_grad_norm, compute)
+            if epoch == 0:
+                rollout_difference = means["rollout_difference"]
+            stop_unless_finite(means, rollouts, out, rank, step)
 
         # 6. Log, look, measure, save.
-        by_tag = {}
-        for task, group in zip(tasks[:: args.group], rewards.tolist()):
-            by_tag.setdefault(f"reward_{task.tag}", []).extend(group)
         zero_spread = (rewards.amax(1) == rewards.amin(1)).float().mean().item()
         line = {
-            "step": step + 1, "reward": rewards.mean().item(), "zero_spread": zero_spread, **means,
-            "rollout_difference": first["rollout_difference"], "lr": optimizer.param_groups[0]["lr"],
-            **{key: float(np.mean(values)) for key, values in sorted(by_tag.items())},
+            "step": step + 1, **mean_rewards(tasks, rewards.flatten().tolist()), "zero_spread": zero_spread, **means,
+            "rollout_difference": rollout_difference, "lr": optimizer.param_groups[0]["lr"],
         }
         last = step + 1 == args.steps
         if args.eval_every and (step + 1) % args.eval_every == 0 and not last:

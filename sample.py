@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -407,6 +407,28 @@ def sum_gradients(weights: list[torch.nn.Parameter]) -> None:
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
             grad.copy_(part.view_as(grad))
+
+
+def update(
+    optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], objectives: Sequence[Callable], count: int,
+    max_grad_norm: float, compute,
+) -> dict[str, float]:
+    """One optimizer step on all ranks' `count` trajectories, accumulated over micro-batches. Each objective is called
+    under `compute` and gives its loss summed over its trajectories, and sums over them of what is logged; the means of
+    these come back. Nothing is changed where loss or gradient are not finite."""
+    optimizer.zero_grad()
+    totals = {}
+    for objective in objectives:
+        with compute:
+            loss, sums = objective()
+        (loss / count).backward()
+        totals = {key: totals.get(key, 0) + value.detach() for key, value in sums.items()}
+    sum_gradients(weights)
+    norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
+    means = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / count).tolist()))
+    if np.isfinite(norm) and np.isfinite(means["loss"]):
+        optimizer.step()
+    return {**means, "grad_norm": norm}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

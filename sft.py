@@ -44,7 +44,7 @@ import json
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,15 +53,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import (
-    contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, open_run, report, resumed, world_of,
-    write_json,
+    contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, mean_rewards, open_run, resumed,
+    score_before, stop_unless_finite, world_of,
 )
 from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
 from sample import (
     Answers, Images, answer_logits, bound_gradient, encode_answers, gather, image_logits, k3, non_negative, peak_memory,
-    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, sum_gradients, sum_over_ranks,
-    token_logprobs, trajectory_mean,
+    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean, update,
 )
 
 MODES = ("two-stage", "end-to-end")
@@ -153,39 +152,6 @@ def objective(
     }
 
 
-def update(
-    policy: Janus, judge: Janus, reference: Janus, optimizer, weights: list, rollouts: list[Rollout],
-    replay: list[tuple[list[Kept], Tensor]], args, compute,
-) -> dict[str, float]:
-    """One optimizer step on all ranks' trajectories, accumulated over micro-batches. Means over them of what is logged;
-    nothing is changed where loss or gradient are not finite."""
-    optimizer.zero_grad()
-    count, totals = args.prompts * args.group, {}
-    for rollout, (kept, empty) in zip(rollouts, replay):
-        with compute:
-            loss, sums = objective(policy, judge, reference, rollout, kept, empty, args)
-        (loss / count).backward()
-        totals = {key: totals.get(key, 0) + value.detach() for key, value in sums.items()}
-    sum_gradients(weights)
-    norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
-    means = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / count).tolist()))
-    if np.isfinite(norm) and np.isfinite(means["loss"]):
-        optimizer.step()
-    return {**means, "grad_norm": norm}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def save_batch(rollouts: list[Rollout], path: Path) -> None:
-    """What was sampled, to look into what went wrong: torch.load(path, weights_only=True)."""
-    torch.save([
-        {"prompts": [task.prompt for task in r.tasks], "codes": r.images.codes, "logprobs": r.images.logprobs,
-         "answers": r.answers.texts} for r in rollouts
-    ], path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +206,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.caption_dropout > 1:
         parser.error(f"--caption-dropout {args.caption_dropout:g} is not a share: give at most 1")
+    if args.image_weight == args.answer_weight == 0:
+        parser.error("--image-weight and --answer-weight are both 0: nothing would be trained")
     if args.resume:
         return resumed(args, "sft.py")
     args.script, args.mode = "sft.py", args.mode or "two-stage"
@@ -285,13 +253,7 @@ def main() -> None:
 
     if rank == 0 and compiled:
         print("compiling the sampler on first use: about a minute (--no-compile avoids it)", flush=True)
-    if (out / "before.json").exists():
-        before = json.loads((out / "before.json").read_text())
-    else:
-        before, records = measure("before", args.eval_images)
-        if rank == 0:
-            write_json(out / "before.json", before)
-            report(records, out / "before.png")
+    before = score_before(out, rank, lambda: measure("before", args.eval_images))
 
     bar = tqdm(range(start, args.steps), "sft", args.steps, initial=start, disable=None if rank == 0 else True)
     for step in bar:
@@ -313,35 +275,31 @@ def main() -> None:
             mine = [
                 score(text, task, world.vocabulary) for r in rollouts for text, task in zip(r.answers.texts, r.tasks)
             ]
-            rewards = gather(torch.tensor(mine, device=device)).view(args.prompts, args.group)
+            rewards = gather(torch.tensor(mine, device=device))  # [prompts * group]
 
         # 4. Keep the pictures that were, on every rank the same ones, and choose some of those kept to learn from.
         replay = [([], None)] * len(rows)
         if args.mode == "two-stage":
             codes = gather(torch.cat([rollout.images.codes for rollout in rollouts]))  # [prompts * group, N]
-            right = rewards.flatten() == 1
-            buffer.extend(Kept(tasks[i].prompt, codes[i]) for i in right.nonzero().flatten().tolist())
+            right = (rewards == 1).nonzero().flatten().tolist()
+            buffer.extend(Kept(tasks[i].prompt, codes[i]) for i in right)
             chosen, dropped = rng.random(len(tasks)), torch.from_numpy(rng.random(len(tasks)) < args.caption_dropout)
             if buffer:
-                kept = [buffer[int(place * len(buffer))] for place in chosen]
-                replay = [(kept[part], dropped[part].to(device)) for part in rows]
+                again = [buffer[int(place * len(buffer))] for place in chosen]
+                replay = [(again[part], dropped[part].to(device)) for part in rows]
 
         # 5. Learn the known answers, and what led to right ones.
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        means = update(policy, judge, reference, optimizer, weights, rollouts, replay, args, compute)
-        if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
-            save_batch(rollouts, out / f"failed_batch_rank{rank}.pt")
-            raise UserError(f"step {step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']}. The batch "
-                            f"is in {out}, the last checkpoint is intact; try a lower --lr")
+        objectives = [
+            partial(objective, policy, judge, reference, rollout, *part, args) for rollout, part in zip(rollouts, replay)
+        ]
+        means = update(optimizer, weights, objectives, len(tasks), args.max_grad_norm, compute)
+        stop_unless_finite(means, rollouts, out, rank, step)
 
         # 6. Log, look, measure, save.
-        by_tag = {}
-        for task, group in zip(tasks[:: args.group], rewards.tolist()):
-            by_tag.setdefault(f"reward_{task.tag}", []).extend(group)
         line = {
-            "step": step + 1, "reward": rewards.mean().item(), "buffer": len(buffer), **means,
+            "step": step + 1, **mean_rewards(tasks, rewards.tolist()), "buffer": len(buffer), **means,
             "lr": optimizer.param_groups[0]["lr"],
-            **{key: float(np.mean(values)) for key, values in sorted(by_tag.items())},
         }
         last = step + 1 == args.steps
         if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
@@ -356,8 +314,8 @@ def main() -> None:
             if step == 0 or (step + 1) % 25 == 0 or last:
                 contact_sheet_of(rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
             if (step + 1) % args.save_every == 0 or last:
-                kept = {"prompts": [k.prompt for k in buffer], "codes": [k.codes for k in buffer]}
-                extra = {"optimizer.pt": optimizer.state_dict(), "buffer.pt": kept}
+                pictures = {"prompts": [kept.prompt for kept in buffer], "codes": [kept.codes for kept in buffer]}
+                extra = {"optimizer.pt": optimizer.state_dict(), "buffer.pt": pictures}
                 save(policy, out / f"step_{step + 1:06d}", extra)
         idle = idle + 1 if means["grad_norm"] == 0 or args.mode == "two-stage" and not buffer else 0
         if idle == PATIENCE:

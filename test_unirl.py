@@ -3,8 +3,9 @@
     python -m pytest test_unirl.py
 
 In the order of the files: model.py and sample.py against transformers' Janus, the original layout, enumerations and
-chi-squares, on small random models; reward.py against a table of answers written by hand; grpo.py's and
-sft.py's formulas and runs; the shapes world and evaluate.py's rules. Where a fault was found in a published trainer, a test plants it and sees it.
+chi-squares, on small random models; reward.py against a table of answers written by hand; the formulas and runs of
+grpo.py and sft.py; the shapes world and evaluate.py's rules. Where a fault was found in a published trainer, a test
+plants it and sees it.
 """
 
 import argparse
@@ -1782,22 +1783,8 @@ def test_resume_continues_the_run(finished, tmp_path):
         assert {**resumed, "seconds": 0, "memory": 0} == {**straight, "seconds": 0, "memory": 0}
     a, b = (load(str(folder / "step_000004")).state_dict() for folder in (out, finished[0]))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--tau", "0"], "--tau"),
-    (["--image-weight", "-1"], "--image-weight"),
-    (["--answer-weight", "nan"], "--answer-weight"),
-    (["--mode", "one-stage"], "'two-stage', 'end-to-end'"),
-    (["--caption-dropout", "1.5"], "--caption-dropout"),
-    (["--replay", "0"], "--replay"),
-    (["--group", "0"], "--group"),
-    (["--judge", "detector"], "frozen"),
-])
-def test_wrong_flags_of_sft_exit_with_2_and_say_why(arguments, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sft.parse_args(arguments)
-    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    assert run_grpo("--resume", out, "--steps", 5).returncode == 0
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5] and (out / "step_000005").exists()
 
 
 def complain(result, code, *words):
@@ -1808,8 +1795,7 @@ def complain(result, code, *words):
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--group", "1"], "at least 2"),
+BOTH_WRONG = [
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
     (["--lr", "inf"], "--lr"),
@@ -1817,16 +1803,28 @@ def complain(result, code, *words):
     (["--steps", "2.5"], "--steps"),
     (["--beta", "-0.1"], "--beta"),
     (["--temperature", "0"], "--temperature"),
+    (["--group", "0"], "--group"),
     (["--mode", "three-stage"], "'two-stage', 'end-to-end'"),
     (["--tau", "0"], "--tau"),
+    (["--picture-clip", "0"], "--picture-clip"),
+    (["--image-weight", "-1"], "--image-weight"),
     (["--answer-weight", "-1"], "--answer-weight"),
+    (["--answer-weight", "nan"], "--answer-weight"),
+    (["--image-weight", "0", "--answer-weight", "0"], "nothing would be trained"),
     (["--freeze", "nose"], "generation_head"),
-    (["--reward", "detector"], "likelihood"),
+    (["--judge", "detector"], "frozen"),
     (["--prompt", "8"], "unrecognized"),
+]
+GRPO_WRONG = [(["--group", "1"], "at least 2"), (["--reward", "detector"], "likelihood")]
+SFT_WRONG = [(["--caption-dropout", "1.5"], "--caption-dropout"), (["--replay", "0"], "--replay")]
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    *((grpo, *wrong) for wrong in BOTH_WRONG + GRPO_WRONG), *((sft, *wrong) for wrong in BOTH_WRONG + SFT_WRONG),
 ])
-def test_wrong_flags_exit_with_2_and_say_why(arguments, words, capsys):
+def test_wrong_flags_exit_with_2_and_say_why(script, arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        grpo.parse_args(arguments)
+        script.parse_args(arguments)
     assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
