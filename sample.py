@@ -14,10 +14,9 @@ else is in the batch. The token is where the cumulative sum of the softmax passe
 
 import argparse
 import os
-import resource
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -364,13 +363,6 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most GB that this process has used so far: allocated on its GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 def start_ranks() -> tuple[int, int, torch.device]:
     """This process' rank, the number of ranks, and its device; joins the others when started by torchrun."""
     device = pick_device()
@@ -381,54 +373,6 @@ def start_ranks() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's tensor, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def gather(values: Tensor) -> Tensor:
-    """Every rank's [B, ...] joined in rank order."""
-    if not dist.is_initialized():
-        return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
-    return torch.cat(parts)
-
-
-def sum_gradients(weights: list[torch.nn.Parameter]) -> None:
-    """Each rank holds the gradient of its own trajectories' share of the loss; the whole gradient is their sum."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        grads = [weight.grad for weight in weights if weight.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])  # one message instead of one a tensor
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
-
-
-def update(
-    optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], objectives: Sequence[Callable], count: int,
-    max_grad_norm: float, compute,
-) -> dict[str, float]:
-    """One optimizer step on all ranks' `count` trajectories, accumulated over micro-batches. Each objective is called
-    under `compute` and gives its loss summed over its trajectories, and sums over them of what is logged; the means of
-    these come back. Nothing is changed where loss or gradient are not finite."""
-    optimizer.zero_grad()
-    totals = {}
-    for objective in objectives:
-        with compute:
-            loss, sums = objective()
-        (loss / count).backward()
-        totals = {key: totals.get(key, 0) + value.detach() for key, value in sums.items()}
-    sum_gradients(weights)
-    norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
-    means = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / count).tolist()))
-    if np.isfinite(norm) and np.isfinite(means["loss"]):
-        optimizer.step()
-    return {**means, "grad_norm": norm}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,15 +52,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import (
-    contact_sheet_of, evaluate, fill_in, finish, learning_rate, load_optimizer, mean_rewards, open_run, resumed,
-    score_before, stop_unless_finite, world_of,
-)
+from evaluate import evaluate, world_of
 from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
 from sample import (
-    Answers, Images, answer_logits, bound_gradient, encode_answers, gather, image_logits, k3, non_negative, peak_memory,
-    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean, update,
+    Answers, Images, answer_logits, bound_gradient, encode_answers, image_logits, k3, non_negative, positive,
+    relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
+)
+from training import (
+    contact_sheet_of, fill_in, finish, gather, learning_rate, load_optimizer, mean_rewards, open_run, peak_memory, resumed,
+    score_before, stop_unless_finite, update,
 )
 
 MODES = ("two-stage", "end-to-end")

@@ -38,7 +38,7 @@ import grpo
 import model as model_module
 import sample
 import sft
-from evaluate import Detection, evaluate, fill_in, judge, learning_rate, summarize, world_of
+from evaluate import Detection, evaluate, judge, summarize, world_of
 from model import Janus, UserError, chat_template, frozen_copy, load, save
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
@@ -49,6 +49,7 @@ from sample import (
     sample_images, to_pixels, token_logprobs,
 )
 from tiny import world as shapes
+from training import fill_in, learning_rate
 
 torch.set_num_threads(1)  # the models here are too small to gain from more
 ROOT = Path(__file__).parent
