@@ -249,6 +249,38 @@ def geneval_metadata(task: Task) -> dict:
     return line | {"prompt": task.prompt}
 
 
+def task_of(metadata: dict) -> Task:
+    """The task of a line of metadata, whoever wrote it: geneval_metadata backwards.
+
+    Raises:
+        ValueError: saying what in the line is not as it should be.
+    """
+    tag = metadata.get("tag")
+    if tag not in TAGS:
+        raise ValueError(f"unknown tag {tag!r}: known are {', '.join(TAGS)}")
+    if not isinstance(metadata.get("prompt"), str):
+        raise ValueError("no prompt")
+    facts = metadata.get("include")
+    wanted = {"colors": {"color"}, "color_attr": {"color"}}.get(tag, set())
+    if not isinstance(facts, list) or len(facts) != (2 if tag in ("two_object", "position", "color_attr") else 1):
+        raise ValueError(f"a {tag} prompt cannot have these objects under include: {facts}")
+    for i, fact in enumerate(facts):
+        keys = {"class", "count"} | wanted | ({"position"} if tag == "position" and i == 1 else set())
+        if not isinstance(fact, dict) or fact.keys() != keys:
+            raise ValueError(f"{fact} under include should have the keys {', '.join(sorted(keys))}")
+        position = fact.get("position", ["above", 0])
+        if not isinstance(fact["class"], str) or not isinstance(fact["count"], int) or fact["count"] < 1:
+            raise ValueError(f"{fact} under include: class is a name, count a number of at least 1")
+        if not isinstance(position, list) or len(position) != 2 or position[0] not in INVERSE or position[1] != 0:
+            raise ValueError(f"position {position} is not one of {', '.join(INVERSE)} and 0")
+    if not 1 <= facts[0]["count"] < len(NUMBERS):
+        raise ValueError(f"count {facts[0]['count']} has no number word here")
+    for fact in metadata.get("exclude", []):
+        if not isinstance(fact, dict) or not {"class", "count"} <= fact.keys():
+            raise ValueError(f"{fact} under exclude needs class and count")
+    return replace(make_task(tag, facts), prompt=metadata["prompt"])
+
+
 @lru_cache(maxsize=None)
 def _geneval_keys() -> frozenset:
     return frozenset(task_key(task) for task in geneval_suite())
