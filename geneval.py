@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizerFast, Mask2FormerForUniversalSegmentation
+from transformers import CLIPModel, CLIPTokenizer, Mask2FormerForUniversalSegmentation
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from model import UserError
@@ -256,7 +256,7 @@ def load_detector(detector: str = DETECTOR, clip: str = CLIP, device: str | torc
         raise UserError(f"--detector {folder}: knows {len(names)} classes, which are not COCO's 80")
     encoder, folder = read(CLIPModel, clip, "--clip")
     try:
-        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
     except Exception as error:  # as above
         raise UserError(f"--clip {folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
     return Detector(segmenter, encoder, tokenizer)

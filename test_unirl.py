@@ -33,7 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CLIPConfig, CLIPModel, CLIPTokenizerFast, JanusConfig, JanusForConditionalGeneration, JanusProcessor, Mask2FormerConfig,
+    CLIPConfig, CLIPModel, CLIPTokenizer, JanusConfig, JanusForConditionalGeneration, JanusProcessor, Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation, PreTrainedTokenizerFast, SwinConfig,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -2388,7 +2388,7 @@ def scorers(tmp_path_factory):
     segmenter.save_pretrained(root / "detector")
     words = sorted(bytes_to_unicode().values())
     vocabulary = {w: i for i, w in enumerate([*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"])}
-    CLIPTokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(root / "clip")
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(root / "clip")
     text = dict(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                 max_position_embeddings=77, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1)
     vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
@@ -2567,6 +2567,20 @@ def test_a_models_pictures_in_genevals_layout_can_be_interrupted(tiny, tmp_path,
     assert read(cut) == whole
     with pytest.raises(UserError, match="other conditions"):
         draw(cut, guidance=2.0)
+
+
+def test_two_ranks_draw_and_score_as_one(tmp_path):
+    """The same pictures, the same scores, and a record for every picture once."""
+    arguments = ["--images-per-prompt", 1, "--batch", 60, "--no-compile"]
+    for name, ranks in (("one", 0), ("two", 2)):
+        result = run_grpo("--out", tmp_path / name, *arguments, ranks=ranks, script="evaluate")
+        assert result.returncode == 0, result.stderr
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[0]["scores"] == results[1]["scores"]
+    parts = [sorted((r["index"], Path(r["file"]).name, r["drawn"], r["answer"]) for r in one["images"]) for one in results]
+    assert parts[0] == parts[1] and len(parts[0]) == 120
+    for file in (tmp_path / "one" / "images").rglob("*.png"):
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
 
 
 @pytest.mark.parametrize("damage, words", [
