@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import NAMES, Cache, Janus, UserError, load, widen
+from model import NAMES, Cache, Janus, UnifiedModel, UserError, causal, load, positions_of, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hot path: one step of the trunk, one draw
@@ -91,24 +91,12 @@ def uniform_numbers(seeds: Sequence[int], use: int, count: int, device: torch.de
     return torch.stack([torch.rand(count, generator=generator(seed, use)) for seed in seeds]).to(device)
 
 
-def causal(mask: Tensor) -> Tensor:
-    """Attention mask [B, 1, T, T] of left-padded rows with mask [B, T]: every token sees itself and what stands before
-    it, but no padding. (Padding sees itself, because a softmax over nothing is not a number.)"""
-    T = mask.shape[1]
-    look = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
-    return (look | torch.eye(T, dtype=torch.bool, device=mask.device))[:, None]
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """Rotary positions [B, T], counted from each row's first real token."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def prefill(model: Janus, x: Tensor, mask: Tensor, length: int) -> tuple[Cache, Tensor]:
-    """Runs x [R, P, D] through the trunk into a new cache of `length` columns; also the last hidden states [R, D]."""
+def prefill(model: UnifiedModel, x: Tensor, mask: Tensor, look: Tensor, length: int) -> tuple[Cache, Tensor]:
+    """Runs x [R, P, D] through the trunk, with attention mask `look` [R, 1, P, P], into a new cache of `length`
+    columns; also the last hidden states [R, D]."""
     R, P = mask.shape
     cache = model.language_model.new_cache(R, length)
-    look = F.pad(causal(mask), (0, length - P))  # nothing sees the columns still to come
+    look = F.pad(look, (0, length - P))  # nothing sees the columns still to come
     hidden = model.language_model(x, positions_of(mask), look, cache, torch.arange(P, device=x.device))
     return cache, hidden[:, -1]
 
@@ -129,7 +117,7 @@ class Images:
 
 @torch.no_grad()
 def sample_images(
-    model: Janus, prompts: Sequence[str], seeds: Sequence[int], guidance: float = 5.0, temperature: float = 1.0,
+    model: UnifiedModel, prompts: Sequence[str], seeds: Sequence[int], guidance: float = 5.0, temperature: float = 1.0,
     compiled: bool = True,
 ) -> Images:
     """An image for every prompt, from the seed of the same index. Without guidance (w = 1) the unconditional branch
@@ -137,12 +125,12 @@ def sample_images(
     ids, mask = model.generation_prompt(prompts)  # [B, P]
     rows, visible = ids, mask  # [R, P]
     if guidance != 1:
-        rows, visible = torch.cat((ids, model.unconditional(ids, mask))), mask.repeat(2, 1)
+        rows, visible = (torch.cat(pair) for pair in zip((ids, mask), model.unconditional(ids, mask)))
     N, P = model.num_image_tokens, ids.shape[1]
     uniforms = uniform_numbers(seeds, IMAGE, N, model.device)  # [B, N]
     w, T = torch.tensor(guidance, device=model.device), torch.tensor(temperature, device=model.device)
     length = -(-(P + N - 1) // 32) * 32  # the last code is never fed back; rounded up, or every P is compiled anew
-    cache, hidden = prefill(model, model.embed_text(rows), visible, length)
+    cache, hidden = prefill(model, model.embed_text(rows), visible, causal(visible), length)
     code, logprob = draw_code(model, hidden, uniforms[:, 0], w, T)
     codes, logprobs = [code], [logprob]
     position = visible.sum(1, keepdim=True)  # [R, 1]
@@ -157,7 +145,7 @@ def sample_images(
 
 
 def image_logits(
-    model: Janus, images: Images, guidance: float, temperature: float, mode: str = "guided"
+    model: UnifiedModel, images: Images, guidance: float, temperature: float, mode: str = "guided"
 ) -> Tensor:
     """The logits [B, N, V] that each code of `images` was drawn from, in one teacher-forced pass with gradient.
 
@@ -166,9 +154,9 @@ def image_logits(
     published Janus trainers score.
     """
 
-    def branch(ids: Tensor) -> Tensor:
+    def branch(ids: Tensor, mask: Tensor) -> Tensor:
         x = torch.cat((model.embed_text(ids), model.embed_codes(images.codes[:, :-1])), dim=1)  # [B, P + N - 1, D]
-        mask = F.pad(images.mask, (0, images.codes.shape[1] - 1), value=True)
+        mask = F.pad(mask, (0, images.codes.shape[1] - 1), value=True)
         hidden = model.language_model(x, positions_of(mask), causal(mask))
         # The begin-of-image tag, the last of the prompt's P tokens, predicts the first code.
         return model.generation_head(hidden[:, ids.shape[1] - 1 :])  # [B, N, V]
@@ -176,8 +164,8 @@ def image_logits(
     uncond = None
     if mode != "conditional" and guidance != 1:
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode == "guided"):
-            uncond = branch(model.unconditional(images.ids, images.mask))
-    return guide(branch(images.ids), uncond, guidance, temperature)
+            uncond = branch(*model.unconditional(images.ids, images.mask))
+    return guide(branch(images.ids, images.mask), uncond, guidance, temperature)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -247,7 +235,9 @@ class Answers:
     logprobs: Tensor  # [B, A], of the tempered distribution (of softmax(logits) where the answer is greedy)
 
 
-def step_answer(model: Janus, cache: Cache, tokens: Tensor, slot: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+def step_answer(
+    model: UnifiedModel, cache: Cache, tokens: Tensor, slot: Tensor, positions: Tensor, visible: Tensor
+) -> Tensor:
     """Feeds the last tokens [B] at cache column `slot` [1]; logits [B, vocabulary] of the next."""
     mask = visible & (torch.arange(visible.shape[1], device=visible.device) <= slot)
     hidden = model.language_model(model.embed_text(tokens[:, None]), positions, mask[:, None, None], cache, slot)
@@ -259,7 +249,7 @@ compiled_step_answer = torch.compile(step_answer, dynamic=False)
 
 @torch.no_grad()
 def sample_answers(
-    model: Janus, pixels: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
+    model: UnifiedModel, pixels: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
     temperature: float = 1.0, max_tokens: int = 40, compiled: bool = False,
 ) -> Answers:
     """An answer to each question about the image [B, 3, H, W] of the same index: greedy without seeds, else sampled at
@@ -267,7 +257,9 @@ def sample_answers(
     ids, mask = model.question_prompt(questions)  # [B, Q]
     Q, end = ids.shape[1], model.tokenizer.eos_token_id
     uniforms = None if seeds is None else uniform_numbers(seeds, ANSWER, max_tokens, model.device)
-    cache, hidden = prefill(model, model.embed_question(ids, pixels), mask, Q + max_tokens)
+    cache, hidden = prefill(
+        model, model.embed_question(ids, pixels), mask, model.question_mask(ids, mask), Q + max_tokens
+    )
     logits = model.lm_head(hidden)
     position = mask.sum(1, keepdim=True)  # [B, 1]
     visible = F.pad(mask, (0, max_tokens), value=True)
@@ -292,7 +284,7 @@ def sample_answers(
     return Answers(texts, ids, mask, torch.stack(logprobs, 1))
 
 
-def encode_answers(model: Janus, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def encode_answers(model: UnifiedModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Known answers as token ids [B, A], right-padded, each ended by the end-of-sentence token, and their mask."""
     tokens = model.tokenizer
     # A reply starts with a space after the colon of the assistant's tag, as in the original's conversations.
@@ -303,12 +295,13 @@ def encode_answers(model: Janus, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(longest, device=model.device) < lengths[:, None]
 
 
-def answer_logits(model: Janus, pixels: Tensor, questions: Sequence[str], answers: Tensor) -> Tensor:
+def answer_logits(model: UnifiedModel, pixels: Tensor, questions: Sequence[str], answers: Tensor) -> Tensor:
     """Logits [B, A, vocabulary] of the answers' tokens [B, A], teacher-forced, with gradient also into pixels."""
     ids, mask = model.question_prompt(questions)  # [B, Q]
     x = torch.cat((model.embed_question(ids, pixels), model.embed_text(answers[:, :-1])), dim=1)  # [B, Q + A - 1, D]
     mask = F.pad(mask, (0, answers.shape[1] - 1), value=True)  # padding on the right is seen only by itself
-    hidden = model.language_model(x, positions_of(mask), causal(mask))
+    look = model.question_mask(torch.cat((ids, answers[:, :-1]), dim=1), mask)
+    hidden = model.language_model(x, positions_of(mask), look)
     return model.lm_head(hidden[:, ids.shape[1] - 1 :])  # the last prompt token predicts the first answer token
 
 
@@ -326,7 +319,7 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_image(model: Janus, path: str) -> Tensor:
+def read_image(model: UnifiedModel, path: str) -> Tensor:
     """Pixels [1, 3, H, W] of an image file, resized and padded to the model's square."""
     try:
         image = Image.open(path).convert("RGB")

@@ -118,7 +118,8 @@ def answer_loss(model: Janus, rollout: Rollout, pixels: Tensor) -> Tensor:
 def replay_loss(policy: Janus, kept: list[Kept], empty: Tensor, args) -> Tensor:
     """Cross-entropy [B] of replayed pictures' codes given their prompts, or guidance's empty one where `empty`."""
     ids, mask = policy.generation_prompt([picture.prompt for picture in kept])
-    ids = policy.unconditional(ids, mask).where(empty[:, None], ids)
+    blank, blank_mask = policy.unconditional(ids, mask)
+    ids, mask = blank.where(empty[:, None], ids), blank_mask.where(empty[:, None], mask)
     images = Images(torch.stack([picture.codes for picture in kept]), None, ids, mask)
     logits = image_logits(policy, images, args.guidance, args.temperature, args.logprob)
     return -token_logprobs(logits, images.codes).mean(1)

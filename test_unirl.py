@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
+from transformers import (
+    JanusConfig, JanusForConditionalGeneration, JanusProcessor, PhiConfig, PhiModel, PreTrainedTokenizerFast,
+)
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 import grpo
@@ -39,7 +41,7 @@ import model as model_module
 import sample
 import sft
 from evaluate import Detection, evaluate, judge, summarize, world_of
-from model import Janus, UserError, chat_template, frozen_copy, load, save
+from model import SHOW_O_TOKENS, Janus, Phi, ShowO, UserError, chat_template, frozen_copy, generation_mask, load, save
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
     is_geneval_prompt, make_task, plural, score, task_key,
@@ -589,9 +591,11 @@ def test_unconditional_prompt_keeps_first_and_last_and_padding(janus):
     pad, bos, boi = janus.tokenizer.convert_tokens_to_ids([PAD, BOS, IMAGE_TAGS["boi_token"]])
     ids = torch.tensor([[bos, 21, 22, 23, 24, boi], [pad, pad, bos, 25, 26, boi], [pad, pad, pad, pad, bos, boi]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]).bool()
-    assert janus.unconditional(ids, mask).tolist() == [
+    blank, blank_mask = janus.unconditional(ids, mask)
+    assert blank.tolist() == [
         [bos, pad, pad, pad, pad, boi], [pad, pad, bos, pad, pad, boi], [pad, pad, pad, pad, bos, boi]
     ]
+    assert torch.equal(blank_mask, mask)
 
 
 def test_prompts_are_padded_on_the_left(janus):
@@ -706,15 +710,16 @@ IMAGE_FAULTS = {
         model, "embed_codes", lambda codes, embed=model.embed_codes: embed(codes.roll(1, dims=1))
     ),
     "end of sentence instead of pad": lambda patch, model: patch.setattr(
-        Janus, "unconditional", lambda self, ids, mask, right=Janus.unconditional: right(self, ids, mask).masked_fill(
-            mask & (right(self, ids, mask) == self.tokenizer.pad_token_id), self.tokenizer.eos_token_id)
+        Janus, "unconditional", lambda self, ids, mask, right=Janus.unconditional: (right(self, ids, mask)[0].masked_fill(
+            mask & (right(self, ids, mask)[0] == self.tokenizer.pad_token_id), self.tokenizer.eos_token_id), mask)
     ),
     "unconditional pads hidden": lambda patch, model: patch.setattr(
         sample, "causal", lambda mask, right=sample.causal: right(mask & (mask.cumsum(1) != 2))
     ),
-    "padding is looked at": lambda patch, model: patch.setattr(
-        sample, "causal", lambda mask, right=sample.causal: right(torch.ones_like(mask))
-    ),
+    "padding is looked at": lambda patch, model: [
+        patch.setattr(module, "causal", lambda mask, right=sample.causal: right(torch.ones_like(mask)))
+        for module in (sample, model_module)
+    ],
     "positions doubled": lambda patch, model: patch.setattr(
         sample, "positions_of", lambda mask, right=sample.positions_of: 2 * right(mask)
     ),
@@ -2066,7 +2071,7 @@ def test_expert_iterations_gradient_equals_the_enumerated_one(monkeypatch):
     right = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0, 1], dtype=torch.float64)
     exact = torch.autograd.grad(-(probabilities * right).sum() / 2, weights, retain_graph=True)
     prompts = torch.zeros(9, 3, dtype=torch.long)
-    policy = argparse.Namespace(generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda ids, mask: ids)
+    policy = argparse.Namespace(generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda *row: row)
     losses = sft.replay_loss(policy, [sft.Kept("", row) for row in codes], torch.zeros(9, dtype=torch.bool), flags())
     loss = (losses * (probabilities * right).detach()).sum()
     for mine, true in zip(torch.autograd.grad(loss, weights), exact):
@@ -2080,7 +2085,7 @@ def test_dropped_captions_teach_the_unconditional_branch(tiny):
     with torch.no_grad():
         losses = sft.replay_loss(tiny, kept, torch.tensor([False, True]), flags())
         blank = copy.copy(rollout.images)
-        blank.ids = tiny.unconditional(blank.ids, blank.mask)
+        blank.ids, blank.mask = tiny.unconditional(blank.ids, blank.mask)
         for images, row in ((rollout.images, 0), (blank, 1)):
             expected = -token_logprobs(image_logits(tiny, images, 1.0, 1.0), images.codes).mean(1)[row]
             assert losses[row].item() == pytest.approx(expected.item(), abs=1e-5)
@@ -2243,3 +2248,154 @@ def test_the_committed_checkpoint_is_a_fair_start(tiny):
     assert scores["understanding"]["ground_truth"] > 0.95
     assert min(scores["understanding"]["ground_truth_by_category"].values()) > 0.9
     assert len(records) == 2 * len(shapes.held_out_tasks())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Show-o: the trunk, masks, layouts, mask-predict and its log-probabilities
+
+PHI = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+class BitPixels(torch.nn.Module):
+    """An image tokenizer of 2-bit codes whose picture is a pixel a code: red and green are its bits, blue is red."""
+
+    BITS = torch.tensor([[-1.0, -1, -1], [-1, 1, -1], [1, -1, 1], [1, 1, 1]])  # [V, 3]
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        pixels = codes @ self.BITS.to(codes) if codes.is_floating_point() else self.BITS[codes]  # [B, N, 3]
+        return pixels.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        bits = (pixels[:, :2] > 0).long().flatten(2)
+        return 2 * bits[:, 0] + bits[:, 1]
+
+
+def show_o_tokenizer() -> PreTrainedTokenizerFast:
+    """As Phi's, <bos> and <eos> are one token; [PAD] and Show-o's own are the last."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(list(SHOW_O_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def small_show_o(seed: int = 0, codes: int = 4, tokens: int = 9, vqmodel: torch.nn.Module | None = None, **settings) -> ShowO:
+    """Random weights large enough that the logits are far from uniform, so that mistakes show."""
+    tokenizer = show_o_tokenizer()
+    settings = {
+        "vocab_size": len(tokenizer) + codes + 1, "llm_vocab_size": len(tokenizer) - 10, "codebook_size": codes,
+        "num_vq_tokens": tokens, "phi_config": PHI, "max_seq_length": 40, "steps": 5, **settings,
+    }
+    model = ShowO(settings, tokenizer, vqmodel or BitPixels()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+            else:
+                weight.copy_(noise if "embed" in name else noise * weight.shape[1] ** -0.5)
+        model.lm_head.weight.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def show_o():
+    return small_show_o()
+
+
+@pytest.mark.parametrize("kv_heads, rotary", [(4, 0.5), (2, 0.25)])
+def test_phi_trunk_equals_transformers(kv_heads, rotary):
+    """With query/key layer norm; dense and cached, and with a mask that is not causal."""
+    config = PhiConfig(
+        vocab_size=50, **PHI, num_key_value_heads=kv_heads, qk_layernorm=True, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary},
+    )
+    theirs, ours = PhiModel(config).eval(), Phi(copy.deepcopy(config))
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+        ours.load_state_dict({name.replace("final_layernorm", "norm"): t for name, t in theirs.state_dict().items()})
+        ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(7).expand(2, -1)
+        mask = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+        mask |= torch.eye(7, dtype=torch.bool)
+        bias = torch.zeros(2, 1, 7, 7).masked_fill(~mask, -1e9)
+        hidden = theirs(input_ids=ids, attention_mask=bias, position_ids=positions).last_hidden_state
+        x = ours.embed_tokens(ids)
+        close(ours(x, positions, mask), hidden)
+        assert (hidden - theirs(input_ids=ids).last_hidden_state).abs().max() > 1e-2  # the mask was not ignored
+        look = F.pad(torch.ones(7, 7, dtype=torch.bool).tril(), (0, 2)).expand(2, 1, -1, -1)
+        cache = ours.new_cache(2, 9)
+        parts = [ours(x[:, s], positions[:, s], look[:, :, s], cache, torch.arange(7)[s]) for s in (slice(4), slice(4, 7))]
+        close(torch.cat(parts, 1), theirs(input_ids=ids).last_hidden_state)
+
+
+def test_generation_mask_by_hand():
+    """Two padding, two text and three image tokens: text is causal, the image sees all but the padding."""
+    assert generation_mask(torch.tensor([[False, False, True, True]]), 3)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_understanding_mask_by_hand(show_o):
+    """[PAD] mmu soi code eoi text text: everything up to the first eoi is seen by all, the rest is causal."""
+    pad = show_o.tokenizer.pad_token_id
+    ids = torch.tensor([[pad, show_o.mmu, show_o.soi, show_o.mask_id, show_o.eoi, 30, show_o.eoi]])
+    assert show_o.question_mask(ids, ids != pad)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_prompts_are_laid_out_as_published(show_o):
+    """As UniversalPrompting.t2i_gen_prompt and inference_mmu.py of showlab/Show-o have them."""
+    tokens = show_o.tokenizer
+    assert show_o.first_code == show_o.config.llm_vocab_size + 10 == tokens.pad_token_id + 10
+    ids, mask = show_o.generation_prompt(["a", "a red circle"])
+    text = [tokens.encode(prompt, add_special_tokens=False) for prompt in ("a", "a red circle")]
+    bos = eos = tokens.eos_token_id
+    rows = [[show_o.t2i, bos, *row, eos] for row in text]
+    rows[0] = [tokens.pad_token_id] * (len(rows[1]) - len(rows[0])) + rows[0]
+    assert ids.tolist() == rows and torch.equal(mask, ids != tokens.pad_token_id)
+    blank, seen = show_o.unconditional(ids, mask)
+    empty = [tokens.pad_token_id] * (ids.shape[1] - 3) + [show_o.t2i, bos, eos]
+    assert blank.tolist() == [empty, empty] and torch.equal(seen, blank != tokens.pad_token_id)
+    canvas = show_o.embed_canvas(torch.arange(9)[None] % 4, torch.arange(9)[None] < 2)
+    row = torch.tensor([[show_o.soi, show_o.first_code, show_o.first_code + 1, *[show_o.mask_id] * 7, show_o.eoi]])
+    assert show_o.mask_id == show_o.first_code + 4 and torch.equal(canvas, show_o.embed_text(row))
+    ids, _ = show_o.question_prompt(["What?"])
+    asked = tokens.encode("USER: \nWhat? ASSISTANT:", add_special_tokens=False)
+    assert ids.tolist() == [[show_o.mmu, show_o.soi, *[show_o.mask_id] * 9, show_o.eoi, bos, *asked]]
+
+
+def test_padding_does_not_matter_to_show_o(show_o):
+    """The hidden states of a prompt's image do not depend on how far the prompt is padded."""
+    codes, known = torch.arange(9)[None] % 4, torch.arange(9)[None] % 2 == 0
+    ids, mask = show_o.generation_prompt(["a ring"])
+    with torch.no_grad():
+        alone = show_o.canvas_hidden(ids, mask, codes, known)
+        pad = show_o.tokenizer.pad_token_id
+        close(show_o.canvas_hidden(F.pad(ids, (5, 0), value=pad), F.pad(mask, (5, 0)), codes, known), alone, 1e-5)
+        other = show_o.canvas_hidden(ids, mask, (codes + ~known) % 4, known)
+    close(other, alone, 0)  # what is masked is not seen
+
+
+def test_images_of_a_question_may_be_codes_one_hots_or_pixels(show_o):
+    codes = torch.randint(4, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids, mask = show_o.question_prompt(["What?", "How many?"])
+    expected = ids.clone()
+    expected[ids == show_o.mask_id] = (codes + show_o.first_code).flatten()
+    for image in (codes, F.one_hot(codes, 4).float(), show_o.to_pixels(codes)):
+        close(show_o.embed_question(ids, image), show_o.embed_text(expected), 1e-6)
+    assert torch.equal(show_o.see(codes), codes)
