@@ -29,11 +29,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -532,6 +534,8 @@ class GenerationHead(nn.Module):
 class UnifiedModel(nn.Module):
     """What Janus and Show-o have in common: `language_model`, `lm_head`, `vqmodel` and `tokenizer`."""
 
+    steps: int | None = None  # of mask-predict; a Janus has none
+
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device
@@ -553,6 +557,10 @@ class UnifiedModel(nn.Module):
     def to_pixels(self, codes: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] of codes [B, N] or one-hots [B, N, V] (differentiable in the one-hots)."""
         return self.vqmodel.decode(codes).clamp(-1, 1)
+
+    def show(self, seen: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of what `see` gave."""
+        return seen if seen.dim() == 4 else self.to_pixels(seen)
 
     def left_pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids [B, T] of rows of unequal length, and mask [B, T], True on what is not padding."""
@@ -595,6 +603,14 @@ class Janus(UnifiedModel):
     def see(self, codes: Tensor) -> Tensor:
         """What understanding is given of an image of codes [B, N] or one-hots [B, N, V]: its pixels."""
         return self.to_pixels(codes)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Pixels [1, 3, H, W] of a picture, resized and padded to the model's square."""
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"].flatten(0, -4)
+
+    def conditional_weight(self, guidance: float) -> float:
+        """c of the guided logits l_uncond + c (l_cond - l_uncond)."""
+        return guidance
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -689,6 +705,8 @@ class ShowO(UnifiedModel):
         config = SimpleNamespace(**{**SHOW_O, **settings})
         self.config, self.tokenizer, self.vqmodel = config, tokenizer, vqmodel
         self.guidance, self.steps = config.guidance, config.steps
+        if not 0 < self.steps <= config.num_vq_tokens:
+            raise UserError(f"{self.steps} mask-predict steps (steps), but an image has {config.num_vq_tokens} tokens")
         phi = PhiConfig(**{**config.phi_config, "vocab_size": config.vocab_size})
         self.language_model = Phi(phi)
         self.lm_head = nn.Linear(phi.hidden_size, phi.vocab_size)
@@ -714,6 +732,16 @@ class ShowO(UnifiedModel):
     def see(self, codes: Tensor) -> Tensor:
         """What understanding is given of an image of codes [B, N] or one-hots [B, N, V]: these themselves."""
         return codes
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Pixels [1, 3, H, W] of a picture, its shorter side resized to the model's square and the rest cut off."""
+        side = self.vqmodel.grid * self.vqmodel.stride
+        pixels = torch.from_numpy(np.array(ImageOps.fit(image, (side, side), Image.BICUBIC)))  # [H, W, 3]
+        return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+    def conditional_weight(self, guidance: float) -> float:
+        """c of the guided logits l_uncond + c (l_cond - l_uncond), which is (1 + w) l_cond - w l_uncond."""
+        return 1 + guidance
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ plants it and sees it.
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -2399,3 +2400,196 @@ def test_images_of_a_question_may_be_codes_one_hots_or_pixels(show_o):
     for image in (codes, F.one_hot(codes, 4).float(), show_o.to_pixels(codes)):
         close(show_o.embed_question(ids, image), show_o.embed_text(expected), 1e-6)
     assert torch.equal(show_o.see(codes), codes)
+
+
+# ---- mask-predict ---------------------------------------------------------------------------------------------------
+
+DRAWS = [(0.0, 1.0), (2.0, 0.8)]  # guidance, temperature
+
+
+@pytest.mark.parametrize("guidance, temperature", DRAWS)
+@pytest.mark.parametrize("mode", ["guided", "detached"])
+def test_replayed_log_probs_are_the_recorded_ones(show_o, guidance, temperature, mode):
+    """Prompts of unequal lengths, so that two rows are padded."""
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], guidance, temperature, compiled=False)
+    logits = image_logits(show_o, images, guidance, temperature, mode)
+    assert logits.requires_grad
+    close(images.score(logits), images.logprobs)
+    assert (images.logprobs < -0.05).any(1).all()  # not a trivial distribution
+
+
+def test_replay_sees_planted_faults(show_o, monkeypatch):
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 0.8, compiled=False)
+
+    def gap(images=images, guidance=2.0, temperature=0.8, mode="guided"):
+        with torch.no_grad():
+            return (images.score(image_logits(show_o, images, guidance, temperature, mode)) - images.logprobs).abs().max()
+
+    wrong_steps = copy.copy(images)
+    wrong_steps.steps = (images.steps + 1) % 5
+    assert min(gap(wrong_steps), gap(guidance=1.0), gap(temperature=1.0), gap(mode="conditional")) > 1e-2
+    monkeypatch.setattr(model_module, "causal", lambda mask, right=model_module.causal: right(torch.ones_like(mask)))
+    monkeypatch.setattr(model_module, "positions_of", lambda mask, right=model_module.positions_of: 2 * right(mask))
+    assert gap() > 1e-2
+
+
+@pytest.mark.parametrize("tokens, steps", [(9, 5), (9, 1), (9, 9), (36, 12), (1024, 50)])
+def test_mask_schedule_is_the_published_cosine(tokens, steps):
+    left, unknown = sample.mask_schedule(tokens, steps), tokens
+    for step, masked in enumerate(left[:-1]):
+        share = torch.cos(torch.tensor((step + 1) / steps) * math.pi * 0.5)
+        assert masked == max(1, min(unknown - 1, int((tokens * share).floor())))
+        unknown = masked
+    assert sample.mask_schedule(9, 5) == [8, 7, 5, 2, 0]  # 9 cos(18, 36, 54, 72 degrees) is 8.6, 7.3, 5.3, 2.8
+    assert left[-1] == 0 and len(left) == steps and (np.diff([tokens, *left]) < 0).all()
+
+
+def test_more_steps_than_tokens_are_refused():
+    with pytest.raises(UserError, match="10 mask-predict steps.* 9 tokens"):
+        sample.mask_schedule(9, 10)
+    with pytest.raises(UserError, match="10 mask-predict steps.* 9 tokens"):
+        small_show_o(steps=10)
+
+
+def canvases(model, monkeypatch, **settings):
+    """The images drawn, and the inputs and outputs of each step."""
+    calls, step = [], sample.step_canvas
+
+    def spy(model, cache, codes, known, *rest):
+        out = step(model, cache, codes, known, *rest)
+        calls.append((codes.clone(), known.clone(), *out))
+        return out
+
+    monkeypatch.setattr(sample, "step_canvas", spy)
+    return sample_images(model, PROMPTS, [4, 5, 6], 2.0, 1.0, compiled=False), calls
+
+
+def test_commits_follow_the_schedule_and_never_change(show_o, monkeypatch):
+    images, calls = canvases(show_o, monkeypatch)
+    left = sample.mask_schedule(9, 5)
+    for step, (codes, known, drawn, logprobs, commit) in enumerate(calls):
+        assert not (known & commit).any()
+        assert (9 - (known | commit).sum(1) == left[step]).all()
+        assert torch.equal(images.codes[known], codes[known])
+        assert torch.equal(images.codes[commit], drawn[commit]) and (images.steps[commit] == step).all()
+        assert torch.equal(images.logprobs[commit], logprobs[commit])
+    assert len(calls) == 5 and images.replay.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_the_most_confident_are_committed_with_the_published_noise(show_o, monkeypatch):
+    """log-prob + temperature x Gumbel, the temperature multiplied by (1 - ratio) at every step; recomputed from the
+    images' own random numbers."""
+    _, calls = canvases(show_o, monkeypatch)
+    temperature, left = 1.0, sample.mask_schedule(9, 5)
+    for step, (_, known, _, logprobs, commit) in enumerate(calls):
+        temperature = temperature * (1.0 - (step + 1) / 5)
+        for row, seed in enumerate([4, 5, 6]):
+            numbers = torch.rand(5 * 2 * 9, generator=sample.generator(seed, sample.IMAGE)).view(5, 2, 9)[step, 1]
+            confidence = logprobs[row] + temperature * -torch.log(-torch.log(numbers))
+            unknown = [n for n in range(9) if not known[row, n]]
+            best = sorted(unknown, key=lambda n: -confidence[n])[: len(unknown) - left[step]]
+            assert sorted(best) == commit[row].nonzero().flatten().tolist()
+
+
+def test_one_step_draws_every_code_independently():
+    """With one step, all codes at once: chi-square of pairs of codes against the product of their softmaxes."""
+    model = small_show_o(tokens=4, steps=1)
+    images = sample_images(model, ["a"] * 4000, range(4000), 1.0, 1.0, compiled=False)
+    with torch.no_grad():
+        ids, mask = model.generation_prompt(["a"])
+        branches = [
+            model.generation_head(model.canvas_hidden(*row, images.codes[:1], torch.zeros(1, 4, dtype=torch.bool)))
+            for row in ((ids, mask), model.unconditional(ids, mask))
+        ]
+    p = (2 * branches[0] - branches[1]).softmax(-1)[0].double()  # [4, V]: (1 + w) l_cond - w l_uncond, w = 1
+    for a, b in ((0, 1), (2, 3), (0, 3)):
+        expected = 4000 * p[a][:, None] * p[b]
+        counts = torch.zeros(4, 4, dtype=torch.double)
+        counts.index_put_((images.codes[:, a], images.codes[:, b]), torch.ones(4000, dtype=torch.double), accumulate=True)
+        likely = expected > 2
+        assert counts[~likely].sum() < 40
+        assert ((counts - expected) ** 2 / expected)[likely].sum() < 45  # chi-square of 15 degrees: 1e-4 at 44
+
+
+def test_same_seed_same_image_whatever_the_batch(show_o):
+    together = sample_images(show_o, PROMPTS, [7, 8, 9], 2.0, 1.0, compiled=False)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, [7, 8, 9])):
+        alone = sample_images(show_o, [prompt], [seed], 2.0, 1.0, compiled=False)
+        assert torch.equal(alone.codes[0], together.codes[row]) and torch.equal(alone.steps[0], together.steps[row])
+        close(alone.logprobs[0], together.logprobs[row])
+    other = sample_images(show_o, PROMPTS, [17, 18, 19], 2.0, 1.0, compiled=False)
+    assert not torch.equal(other.codes, together.codes)
+
+
+def test_compiled_mask_predict_draws_the_same_codes(show_o):
+    eager, compiled = (sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 1.0, compiled=on) for on in (False, True))
+    assert torch.equal(eager.codes, compiled.codes) and torch.equal(eager.steps, compiled.steps)
+    close(eager.logprobs, compiled.logprobs)
+
+
+def test_answers_of_show_o_are_scored_as_they_were_drawn(show_o):
+    """With a cache, the image first and padded questions; and greedy equals decoding without a cache."""
+    codes = torch.randint(4, (3, 9), generator=torch.Generator().manual_seed(0))
+    answers = sample_answers(show_o, codes, QUESTIONS, [1, 2, 3], 0.9, max_tokens=6)
+    logits = answer_logits(show_o, codes, QUESTIONS, answers.ids)
+    close(token_logprobs(logits / 0.9, answers.ids) * answers.mask, answers.logprobs)
+    greedy = sample_answers(show_o, codes, QUESTIONS, max_tokens=6)
+    for row, question in enumerate(QUESTIONS):
+        ids, mask = show_o.question_prompt([question])
+        for token in greedy.ids[row][greedy.mask[row]]:
+            x = show_o.embed_question(ids, codes[row : row + 1])
+            look = show_o.question_mask(ids, mask)
+            hidden = show_o.language_model(x, torch.arange(ids.shape[1])[None], look)
+            assert token == show_o.lm_head(hidden[:, -1]).argmax()
+            if token == show_o.mask_id:  # which stands for the image in this test's loop
+                break
+            ids, mask = F.pad(ids, (0, 1), value=token.item()), F.pad(mask, (0, 1), value=True)
+
+
+def test_weights_of_a_random_subset_are_unbiased(show_o):
+    """Over all subsets of the steps the weighted mean is, on average, the mean over all codes; and each subset's scored
+    log-probs are the recorded ones."""
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 1.0, compiled=False)
+    means = []
+    for subset in combinations(range(5), 2):
+        replay = torch.tensor(subset).expand(3, -1)
+        weights = 5 / 2 * (images.steps[..., None] == replay[:, None]).any(-1)
+        part = dataclasses.replace(images, replay=replay, weights=weights)
+        means.append(part.mean(images.logprobs))
+    close(torch.stack(means).mean(0), images.mean(images.logprobs), 1e-6)
+    close(images.mean(images.logprobs), images.logprobs.mean(1), 1e-6)
+    seeds = range(300)
+    many = sample_images(show_o, ["a"] * 300, seeds, 0.0, 1.0, compiled=False)
+    some = sample.choose_scored(show_o, many, seeds, "replay", 2)
+    drawn = Counter(tuple(sorted(row)) for row in some.replay.tolist())
+    assert len(drawn) == 10 and sum((n - 30) ** 2 / 30 for n in drawn.values()) < 34  # chi-square of 9 degrees
+    with torch.no_grad():
+        close(some.score(image_logits(show_o, some, 0.0, 1.0)), some.logprobs)
+    assert torch.equal(some.weights, 2.5 * (many.steps[..., None] == some.replay[:, None]).any(-1))
+    assert torch.equal(some.logprobs != 0, some.weights > 0)
+
+
+def test_remasking_scores_what_is_masked_given_the_rest(show_o):
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 1.0, compiled=False)
+    again = sample.choose_scored(show_o, images, [1, 2, 3], "remask", None, 2.0, 1.0, "guided")
+    for row in range(3):
+        hidden = [n for n in range(9) if again.weights[row, n] > 0]
+        assert again.weights[row, hidden].tolist() == pytest.approx([9 / len(hidden)] * len(hidden))
+        known = torch.tensor([[n not in hidden for n in range(9)]])
+        ids, mask = images.ids[row : row + 1], images.mask[row : row + 1]
+        with torch.no_grad():
+            cond, uncond = (
+                show_o.generation_head(show_o.canvas_hidden(*rows, images.codes[row : row + 1], known))[0]
+                for rows in ((ids, mask), show_o.unconditional(ids, mask))
+            )
+        expected = (3 * cond - 2 * uncond).log_softmax(-1)
+        for n in range(9):
+            value = expected[n, images.codes[row, n]].item() if n in hidden else 0.0
+            assert again.logprobs[row, n].item() == pytest.approx(value, abs=1e-4)
+    many = sample.choose_scored(show_o, sample_images(show_o, ["a"] * 400, range(400), 0.0, compiled=False), range(400),
+                                "remask", None, 0.0, 1.0, "guided")
+    sizes = (many.weights > 0).sum(1).double()
+    u = torch.linspace(0, 1, 100_001, dtype=torch.double)
+    expected = (9 * torch.cos(math.pi / 2 * u)).ceil().clamp(1, 9)
+    assert abs(sizes.mean() - expected.mean()) < 4 * expected.std() / 20
+    assert ((many.weights > 0).double().mean(0) - expected.mean() / 9).abs().max() < 0.1  # every place alike
