@@ -28,10 +28,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import NAMES, Janus, UserError, load
+from model import NAMES, UnifiedModel, UserError, load
 from reward import REAL, TAGS, Task, Vocabulary, geneval_suite, score
 from sample import (
     contact_sheet, non_negative, pick_device, positive, run, sample_answers, sample_images, to_pixels, to_uint8,
+    use_draw_steps,
 )
 from tiny import world as shapes
 
@@ -115,7 +116,7 @@ class World:
     counting_threshold: float
 
 
-def world_of(model: Janus) -> World:
+def world_of(model: UnifiedModel) -> World:
     """The shapes world for a checkpoint that says it lives there, the real one for any other."""
     if getattr(model.config, "world", None) == "shapes":
         return World(
@@ -134,8 +135,8 @@ def world_of(model: Janus) -> World:
 
 
 def evaluate(
-    model: Janus, world: World, guidance: float, temperature: float = 1.0, images_per_prompt: int = 6, seed: int = 0,
-    batch: int = 144, compiled: bool = True, progress: str = "scoring",
+    model: UnifiedModel, world: World, guidance: float, temperature: float = 1.0, images_per_prompt: int = 6,
+    seed: int = 0, batch: int = 144, compiled: bool = True, progress: str = "scoring",
 ) -> tuple[dict, list[dict]]:
     """Scores of the model in the world, and a record for every image (task, pixels, answers, verdicts). With several
     ranks each takes its share of the images and all get the scores; the records are then this rank's own."""
@@ -150,7 +151,7 @@ def evaluate(
         whole = len(part) == batch  # a last batch of another size would be compiled anew, which takes longer than it
         prompts = [task.prompt for task in tasks]
         codes = sample_images(model, prompts, seeds, guidance, temperature, compiled and whole).codes
-        records += score_images(model, world, tasks, model.to_pixels(codes), seeds)
+        records += score_images(model, world, tasks, model.see(codes), seeds)
     mine = [{key: value for key, value in record.items() if key != "image"} for record in records]
     everyone = [mine]
     if ranks > 1:
@@ -161,13 +162,13 @@ def evaluate(
 
 @torch.no_grad()
 def score_images(
-    model: Janus, world: World, tasks: Sequence[Task], pixels: torch.Tensor, seeds: Sequence[int]
+    model: UnifiedModel, world: World, tasks: Sequence[Task], seen: torch.Tensor, seeds: Sequence[int]
 ) -> list[dict]:
-    """One record an image: what it shows by the detector and by the model's own answer, and the model's answer about a
-    true picture of the same task."""
-    images = to_uint8(pixels)
+    """One record an image, given as pixels or as what `see` gave: what it shows by the detector and by the model's own
+    answer, and the model's answer about a true picture of the same task."""
+    images = to_uint8(model.show(seen))
     questions = [task.question for task in tasks]
-    answers = sample_answers(model, pixels.to(model.dtype), questions).texts
+    answers = sample_answers(model, seen, questions).texts
     verdicts = [(None, "")] * len(tasks)
     if world.detect:
         found = world.detect(images)
@@ -175,7 +176,7 @@ def score_images(
     about_true = [None] * len(tasks)
     if world.render:
         true = np.stack([world.render(task, np.random.default_rng(s)) for task, s in zip(tasks, seeds)])
-        about_true = sample_answers(model, to_pixels(true, model.device).to(model.dtype), questions).texts
+        about_true = sample_answers(model, to_pixels(true, model.device), questions).texts
     return [
         {
             "tag": task.tag, "prompt": task.prompt, "question": task.question, "known": task.answer, "seed": s,
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--seed", type=non_negative(int), default=0)
     parser.add_argument("--guidance", type=non_negative(float), default=None, help="default: the checkpoint's")
     parser.add_argument("--temperature", type=positive(float), default=1.0)
+    parser.add_argument("--draw-steps", type=positive(int), help="of mask-predict, Show-o's; default: the checkpoint's")
     parser.add_argument("--batch", type=positive(int), default=None, help="images at once (default: 144 on tiny, 16)")
     parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
     args = parser.parse_args()
@@ -282,6 +284,7 @@ def main() -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     device = pick_device()
     model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    use_draw_steps(model, args.draw_steps)
     world = world_of(model)
     small = world.detect is not None
     guidance = model.guidance if args.guidance is None else args.guidance

@@ -659,7 +659,7 @@ class Janus(UnifiedModel):
     def embed_question(self, ids: Tensor, pixels: Tensor) -> Tensor:
         """Trunk input [B, Q, D] for `question_prompt`'s ids, with the image's features in their place."""
         x = self.embed_text(ids)
-        features = self.image_features(pixels)  # [B, M, D]
+        features = self.image_features(pixels.to(self.dtype))  # [B, M, D]
         return x.masked_scatter((ids == self.config.image_token_id)[..., None], features.to(x.dtype))
 
 
@@ -796,7 +796,7 @@ class ShowO(UnifiedModel):
     def embed_question(self, ids: Tensor, image: Tensor) -> Tensor:
         """Trunk input [B, Q, D] for `question_prompt`'s ids, with the image in its place: codes [B, N], one-hots
         [B, N, V] or pixels [B, 3, H, W]."""
-        codes = self.vqmodel.encode(image) if image.dim() == 4 else image
+        codes = self.vqmodel.encode(image.to(self.dtype)) if image.dim() == 4 else image
         x = self.embed_text(ids)
         return x.masked_scatter((ids == self.mask_id)[..., None], self.embed_codes(codes).to(x.dtype))
 

@@ -144,8 +144,8 @@ class Images:
     logprobs: Tensor  # [B, N], of the guided and tempered distribution
     ids: Tensor  # [B, P], the prompts
     mask: Tensor  # [B, P], False on padding
-    steps: Tensor | None = None  # [B, N], Show-o's: the step that committed each code
-    replay: Tensor | None = None  # [B, K], Show-o's: the steps whose codes are scored
+    steps: Tensor | None = None  # [B, N], when each code was drawn: its place, or the mask-predict step that kept it
+    replay: Tensor | None = None  # [B, K], the mask-predict steps whose codes are scored (None: all)
     weights: Tensor | None = None  # [B, N], how much each code counts in a mean; 0 where it is not scored
 
     def __post_init__(self):
@@ -175,15 +175,15 @@ def sample_images(
     w, T = torch.tensor(float(weight), device=model.device), torch.tensor(temperature, device=model.device)
     draw_all = mask_predict if isinstance(model, ShowO) else draw_in_order
     codes, logprobs, steps = draw_all(model, rows, visible, seeds, w, T, compiled)
-    replay = None if steps is None else torch.arange(model.steps, device=model.device).expand(len(ids), -1)
-    return Images(codes, logprobs, ids, mask, steps, replay)
+    return Images(codes, logprobs, ids, mask, steps)
 
 
 def draw_in_order(
     model: Janus, ids: Tensor, visible: Tensor, seeds: Sequence[int], guidance: Tensor, temperature: Tensor,
     compiled: bool,
-) -> tuple[Tensor, Tensor, None]:
-    """Code after code of prompts [R, P] (R = B, or 2 B with guidance's other branch below): codes, log-probs [B, N]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Code after code of prompts [R, P] (R = B, or 2 B with guidance's other branch below them): codes, their
+    log-probs, and when each was drawn, all [B, N]."""
     N, P = model.num_image_tokens, ids.shape[1]
     uniforms = uniform_numbers(seeds, IMAGE, N, model.device)  # [B, N]
     length = -(-(P + N - 1) // 32) * 32  # the last code is never fed back; rounded up, or every P is compiled anew
@@ -200,7 +200,8 @@ def draw_in_order(
         )
         codes.append(code)
         logprobs.append(logprob)
-    return torch.stack(codes, 1), torch.stack(logprobs, 1), None
+    codes = torch.stack(codes, 1)
+    return codes, torch.stack(logprobs, 1), torch.arange(N, device=codes.device).repeat(len(codes), 1)
 
 
 def mask_schedule(tokens: int, steps: int) -> list[int]:
@@ -213,6 +214,15 @@ def mask_schedule(tokens: int, steps: int) -> list[int]:
         masked = max(1, min(masked - 1, int(tokens * torch.cos(torch.tensor(step / steps) * math.pi * 0.5))))
         left.append(masked)
     return [*left, 0]
+
+
+def use_draw_steps(model: UnifiedModel, steps: int | None) -> None:
+    """Makes the model draw with this many mask-predict steps, unless None."""
+    if steps is not None:
+        if model.steps is None:
+            raise UserError("--draw-steps has no meaning for a Janus, which draws one token after the other")
+        mask_schedule(model.num_image_tokens, steps)  # refuses too many
+        model.steps = steps
 
 
 def mask_predict(
@@ -278,7 +288,8 @@ def replayed_logits(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> 
     """Logits [B, N, V] of each code that is scored, after prompts [B, P], given the codes that were committed before
     it. Which step commits which code is taken as given."""
     codes, steps, hidden = images.codes, images.steps, 0.0
-    for step in images.replay.T:  # [B], an image's own
+    everything = torch.arange(model.steps, device=codes.device).expand(len(codes), -1)
+    for step in (everything if images.replay is None else images.replay).T:  # [B], an image's own
         now = model.canvas_hidden(ids, mask, codes, steps < step[:, None])
         hidden = now.where((steps == step[:, None])[..., None], hidden)
     return model.generation_head(hidden)
@@ -294,12 +305,13 @@ def choose_scored(
       image, whose codes then count (all steps) / count times. The mean over these subsets is that over all steps.
     - "remask": each image's codes are masked anew at random, as many as in Show-o's pretraining (a share cos(pi/2 u) of
       them, u uniform), and scored all at once given the others: one pass, of a distribution they were not sampled from.
-      Their old log-probs are then `model`'s, scored by image_logits(model, images, *scoring) with these very masks.
+      Their old log-probs are then `model`'s, scored by image_logits(model, images, *scoring) with these very masks
+      (left out without `scoring`).
     """
-    if images.steps is None:
+    if model.steps is None:
         return images
-    (B, N), S = images.codes.shape, model.steps
-    if estimator == "replay":
+    N, S = images.codes.shape[1], model.steps
+    if estimator != "remask":
         if count is None or count == S:
             return images
         order = uniform_numbers(seeds, REPLAY, S, model.device).argsort(1)  # [B, S]
@@ -310,7 +322,7 @@ def choose_scored(
     masked = (N * torch.cos(math.pi / 2 * uniforms[:, :1])).ceil().clamp(1, N)  # [B, 1]
     steps = (uniforms[:, 1:].argsort(1).argsort(1) < masked).long()  # step 1 scores what is masked, given the rest
     images = replace(images, steps=steps, replay=torch.ones_like(steps[:, :1]), weights=steps * N / masked)
-    return replace(images, logprobs=images.score(image_logits(model, images, *scoring)))
+    return replace(images, logprobs=images.score(image_logits(model, images, *scoring))) if scoring else images
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -562,6 +574,7 @@ def main() -> None:
     parser.add_argument("--seed", type=non_negative(int), default=0, help="of the first image; the next has the next")
     parser.add_argument("--guidance", type=non_negative(float), default=None, help="default: the checkpoint's")
     parser.add_argument("--temperature", type=positive(float), default=1.0)
+    parser.add_argument("--draw-steps", type=positive(int), help="of mask-predict, Show-o's; default: the checkpoint's")
     parser.add_argument("--out", default="samples.png", help="where the pictures go (default: samples.png)")
     parser.add_argument("--image", help="a picture to ask about")
     parser.add_argument("--question", help="what to ask")
@@ -573,8 +586,9 @@ def main() -> None:
         parser.error(f"--out {args.out}: give a name that ends in .png or .jpg")
     device = pick_device()
     model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    use_draw_steps(model, args.draw_steps)
     if args.image:
-        print(sample_answers(model, read_image(model, args.image).to(model.dtype), [args.question]).texts[0])
+        print(sample_answers(model, read_image(model, args.image), [args.question]).texts[0])
         return
     seeds = range(args.seed, args.seed + args.n)
     if not args.no_compile:

@@ -1630,7 +1630,7 @@ def enumerated_policy(monkeypatch):
 def flags(**changes):
     return argparse.Namespace(**{**dict(
         guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2,
-        mode="two-stage", picture_clip=1e9, prompts=1, group=1,
+        mode="two-stage", picture_clip=1e9, prompts=1, group=1, estimator=None, replay_steps=None,
     ), **changes})
 
 
@@ -1930,7 +1930,7 @@ def test_biased_conditional_noise_is_seen(fault):
 def some_rollout(script, model, count=3, guidance=3.0):
     """Fresh images of tiny's prompts, with greedy answers of eight tokens."""
     tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(count)]
-    args = argparse.Namespace(guidance=guidance, temperature=1.0, no_compile=True, max_tokens=8)
+    args = flags(guidance=guidance, no_compile=True, max_tokens=8)
     return script.roll_out(model, model, tasks, list(range(count)), args)
 
 
@@ -1941,7 +1941,7 @@ def test_relaxed_image_is_the_sampled_image_bit_for_bit(tiny):
     for tau in (0.1, 1.0, 5.0):
         relaxed = relaxed_codes(logits, rollout.images.codes, tau, rollout.seeds)
         assert torch.equal(relaxed, F.one_hot(rollout.images.codes, tiny.num_codes).float())
-        assert torch.equal(tiny.to_pixels(relaxed), rollout.pixels)
+        assert torch.equal(tiny.to_pixels(relaxed), rollout.seen)
 
 
 MICRO = dict(image_size=8, patch_size=2, channels=(1, 2), codes=7, layers=1)
@@ -2072,8 +2072,12 @@ def test_expert_iterations_gradient_equals_the_enumerated_one(monkeypatch):
     right = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0, 1], dtype=torch.float64)
     exact = torch.autograd.grad(-(probabilities * right).sum() / 2, weights, retain_graph=True)
     prompts = torch.zeros(9, 3, dtype=torch.long)
-    policy = argparse.Namespace(generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda *row: row)
-    losses = sft.replay_loss(policy, [sft.Kept("", row) for row in codes], torch.zeros(9, dtype=torch.bool), flags())
+    policy = argparse.Namespace(
+        generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda *row: row, steps=None
+    )
+    losses = sft.replay_loss(
+        policy, [sft.Kept("", row, row) for row in codes], torch.zeros(9, dtype=torch.bool), list(range(9)), flags()
+    )
     loss = (losses * (probabilities * right).detach()).sum()
     for mine, true in zip(torch.autograd.grad(loss, weights), exact):
         assert torch.allclose(mine, true, atol=1e-12)
@@ -2082,9 +2086,9 @@ def test_expert_iterations_gradient_equals_the_enumerated_one(monkeypatch):
 def test_dropped_captions_teach_the_unconditional_branch(tiny):
     """A replayed picture whose caption is dropped is scored given guidance's empty prompt."""
     rollout = some_rollout(sft, tiny, 2, guidance=1.0)
-    kept = [sft.Kept(task.prompt, codes) for task, codes in zip(rollout.tasks, rollout.images.codes)]
+    kept = [sft.Kept(task.prompt, codes, codes) for task, codes in zip(rollout.tasks, rollout.images.codes)]
     with torch.no_grad():
-        losses = sft.replay_loss(tiny, kept, torch.tensor([False, True]), flags())
+        losses = sft.replay_loss(tiny, kept, torch.tensor([False, True]), [0, 1], flags())
         blank = copy.copy(rollout.images)
         blank.ids, blank.mask = tiny.unconditional(blank.ids, blank.mask)
         for images, row in ((rollout.images, 0), (blank, 1)):
