@@ -161,7 +161,7 @@ def objective(
         ratio, distribution = (logprobs - old).exp(), image_logits_.log_softmax(-1)
         sums = {
             "kl_image": images.mean(kl).sum(),
-            "ratio": images.mean(ratio).sum(),
+            "ratio": (1 + images.mean(ratio - 1)).sum(),
             "clipped": images.mean(((ratio - 1).abs() > args.clip).float()).sum(),
             "rollout_difference": images.mean((logprobs - old).abs()).sum(),
             "entropy_image": -images.mean((distribution.exp() * distribution).sum(-1)).sum(),

@@ -1947,33 +1947,37 @@ def test_relaxed_image_is_the_sampled_image_bit_for_bit(tiny):
 MICRO = dict(image_size=8, patch_size=2, channels=(1, 2), codes=7, layers=1)
 
 
+@pytest.mark.parametrize("kind", ["janus", "show-o"])
 @pytest.mark.parametrize("logprob", ["guided", "detached", "conditional"])
-def test_end_to_end_gradient_equals_finite_differences(logprob):
+def test_end_to_end_gradient_equals_finite_differences(logprob, kind):
     """In float64, along a random direction of each part: the straight-through gradient is the derivative of the answer's
     loss about the image `hard + soft(weights) - soft(here)`, written out here, the noise held fixed."""
-    model = small_janus(**MICRO).double()
+    model = (small_janus(**MICRO) if kind == "janus" else small_show_o(tokens=4, steps=2)).double()
     tasks = [make_task("colors", [{"class": "ring", "count": 1, "color": "red"}])] * 2
     images, seeds, tau = random_images(model, ["a red ring", "a"]), [3, 4], 0.7
+    images.steps = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])  # of the Show-o's four codes
+    scale, unguided = model.conditional_weight(3.0), 1 - model.conditional_weight(0.0)
     rollout = sft.Rollout(tasks, seeds, images, None, None)
     logits = image_logits(model, images, 3.0, 1.0, logprob)
-    loss = sft.answer_loss(model, rollout, model.to_pixels(relaxed_codes(logits, images.codes, tau, seeds))).sum()
+    loss = sft.answer_loss(model, rollout, model.see(relaxed_codes(logits, images.codes, tau, seeds))).sum()
     noise = gumbel_given(logits.detach(), images.codes, seeds)
     hard = F.one_hot(images.codes, model.num_codes)
     here = ((logits.detach() + noise) / tau).softmax(-1)
     # `detached` takes no gradient through the unconditional branch, so there this branch is held where it is.
-    cond = image_logits(model, images, 1.0, 1.0).detach()
-    uncond = (logits.detach() - 3 * cond) / (1 - 3)
+    cond = image_logits(model, images, unguided, 1.0).detach()
+    uncond = (logits.detach() - scale * cond) / (1 - scale)
 
     @torch.no_grad()
     def moved():
         now = image_logits(model, images, 3.0, 1.0, logprob)
         if logprob == "detached":
-            now = uncond + 3 * (image_logits(model, images, 1.0, 1.0) - uncond)
+            now = uncond + scale * (image_logits(model, images, unguided, 1.0) - uncond)
         soft = ((now + noise) / tau).softmax(-1)
-        return sft.answer_loss(model, rollout, model.to_pixels(hard + soft - here)).sum()
+        return sft.answer_loss(model, rollout, model.see(hard + soft - here)).sum()
 
     generator, step = torch.Generator().manual_seed(0), 1e-6
-    parts = [model.generation_head, model.generation_embeddings, model.generation_aligner, model.language_model]
+    names = {"janus": ("generation_head", "generation_embeddings", "generation_aligner"), "show-o": ("lm_head",)}[kind]
+    parts = [getattr(model, name) for name in (*names, "language_model")]
     gradients = [torch.autograd.grad(loss, list(part.parameters()), retain_graph=True) for part in parts]
     for part, grads in zip(parts, gradients):
         weights = list(part.parameters())
@@ -2288,7 +2292,7 @@ def small_show_o(seed: int = 0, codes: int = 4, tokens: int = 9, vqmodel: torch.
     tokenizer = show_o_tokenizer()
     settings = {
         "vocab_size": len(tokenizer) + codes + 1, "llm_vocab_size": len(tokenizer) - 10, "codebook_size": codes,
-        "num_vq_tokens": tokens, "phi_config": PHI, "max_seq_length": 40, "steps": 5, **settings,
+        "num_vq_tokens": tokens, "phi_config": PHI, "max_seq_length": 100, "steps": 5, **settings,
     }
     model = ShowO(settings, tokenizer, vqmodel or BitPixels()).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -2597,3 +2601,169 @@ def test_remasking_scores_what_is_masked_given_the_rest(show_o):
     expected = (9 * torch.cos(math.pi / 2 * u)).ceil().clamp(1, 9)
     assert abs(sizes.mean() - expected.mean()) < 4 * expected.std() / 20
     assert ((many.weights > 0).double().mean(0) - expected.mean() / 9).abs().max() < 0.1  # every place alike
+
+
+# ---- both estimators on a toy, and in the trainers ------------------------------------------------------------------
+
+ORDER = torch.tensor([1, 0, 0, 1])  # which step commits which of the toy's four codes
+ALL_IMAGES = torch.tensor(list(product(range(2), repeat=4)))  # [16, 4]
+
+
+@pytest.fixture
+def toy():
+    """Sixteen images of four codes of two kinds, drawn in two steps."""
+    return small_show_o(codes=2, tokens=4, steps=2).double()
+
+
+def toy_probabilities(model: ShowO, weight: float = 3.0) -> torch.Tensor:
+    """Of each image, given the order: the first step's codes given masks alone, the second's given the first's."""
+    ids, mask = (rows.expand(16, -1) for rows in model.generation_prompt(["a"]))
+    total = 0.0
+    for step in (0, 1):
+        known = (ORDER < step).expand(16, -1)
+        cond, uncond = (
+            model.lm_head(model.canvas_hidden(*rows, ALL_IMAGES, known))[..., model.first_code : -1]
+            for rows in ((ids, mask), model.unconditional(ids, mask))
+        )
+        logprobs = (uncond + weight * (cond - uncond)).log_softmax(-1)
+        for n in (ORDER == step).nonzero().flatten():
+            total = total + logprobs[range(16), n, ALL_IMAGES[:, n]]
+    return total.exp()
+
+
+def toy_images(model: ShowO) -> Images:
+    ids, mask = (rows.expand(16, -1) for rows in model.generation_prompt(["a"]))
+    images = Images(ALL_IMAGES, torch.zeros(16, 4), ids, mask, ORDER.expand(16, -1))
+    with torch.no_grad():
+        return dataclasses.replace(images, logprobs=images.score(image_logits(model, images, 2.0, 1.0)))
+
+
+def test_replayed_trajectories_have_their_enumerated_probabilities(toy):
+    probabilities = toy_probabilities(toy)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+    assert torch.allclose(toy_images(toy).logprobs.sum(1).exp(), probabilities, atol=1e-12)
+
+
+def test_policy_gradient_through_replay_equals_the_enumerated_one(toy):
+    """Weighting each image's advantage by its probability, the objective's gradient is that of minus the expected
+    reward, over the number of tokens; so is the mean over the subsets of one step."""
+    rewards = torch.rand(16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights, probabilities = list(toy.language_model.parameters()), toy_probabilities(toy)
+    exact = torch.autograd.grad(-(probabilities * rewards).sum() / 4, weights)
+    images = toy_images(toy)
+    subsets = [images]
+    for step in (0, 1):
+        counts = 2.0 * (images.steps == step)
+        subsets.append(dataclasses.replace(
+            images, replay=torch.full((16, 1), step), weights=counts, logprobs=images.logprobs * (counts > 0)
+        ))
+    gradients = []
+    for part in subsets:
+        rollout = grpo.Rollout([], [], part, None, None, reference_images=part.logprobs)
+        loss, _ = grpo.objective(toy, toy, rollout, (probabilities * rewards).detach(), flags(guidance=2.0))
+        gradients.append(torch.autograd.grad(loss, weights))
+    for whole, first, second, true in zip(*gradients, exact):
+        assert torch.allclose(whole, true, atol=1e-10) and torch.allclose((first + second) / 2, true, atol=1e-10)
+    assert max((first - second).abs().max() for _, first, second in zip(*gradients)) > 1e-3  # they are different
+
+
+def test_remasking_has_its_enumerated_mean(toy):
+    """Over sizes and places of the mask: E of the mean log-prob of what is masked given the rest."""
+    codes = ALL_IMAGES[9:10]
+    ids, mask = toy.generation_prompt(["a"])
+    share = torch.linspace(0, 1, 400_001, dtype=torch.double)
+    sizes = (4 * torch.cos(math.pi / 2 * share)).ceil().clamp(1, 4)
+    exact = 0.0
+    with torch.no_grad():
+        for m in range(1, 5):
+            for hidden in map(list, combinations(range(4), m)):
+                known = torch.tensor([[n not in hidden for n in range(4)]])
+                logits = toy.generation_head(toy.canvas_hidden(ids, mask, codes, known))
+                value = token_logprobs(logits, codes)[0, hidden].mean()
+                exact += (sizes == m).double().mean() / math.comb(4, m) * value
+        B = 3000
+        images = Images(*(rows.expand(B, -1) for rows in (codes, codes, ids, mask, ORDER[None])))
+        images = sample.choose_scored(toy, images, range(B), "remask", None, 0.0, 1.0, "guided")
+        values = images.mean(images.logprobs)
+    assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(B) and values.std() > 0.1
+
+
+ESTIMATORS = [dict(), dict(replay_steps=2), dict(estimator="remask")]
+
+
+@pytest.mark.parametrize("mode", ["two-stage", "end-to-end"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_first_update_of_show_o_is_on_policy(show_o, estimator, mode):
+    """Ratio 1 and KL 0 to the reference, whatever part of the trajectory is scored."""
+    args = flags(guidance=2.0, temperature=0.9, no_compile=True, max_tokens=4, tau=1.0, mode=mode, beta=0.1,
+                 answer_weight=1.0, **estimator)
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(3)]
+    rollout = grpo.roll_out(show_o, show_o, tasks, [5, 6, 7], args)
+    grpo.score_by_reference(frozen_copy(show_o), rollout, args)
+    loss, sums = grpo.objective(show_o, show_o, rollout, torch.tensor([1.0, -1.0, 0.5]), args)
+    assert sums["ratio"].item() == pytest.approx(3, abs=1e-4)
+    for key in ("kl_image", "kl_answer", "rollout_difference", "clipped"):
+        assert sums[key].item() == pytest.approx(0, abs=1e-4)
+    gradients = torch.autograd.grad(loss, list(show_o.parameters()))
+    assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 1e-4 for g in gradients)
+
+
+@pytest.mark.parametrize("mode", ["two-stage", "end-to-end"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_sft_objective_of_show_o(show_o, estimator, mode):
+    args = flags(guidance=2.0, no_compile=True, max_tokens=4, tau=1.0, mode=mode, beta=0.1, **estimator)
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(3)]
+    rollout = sft.roll_out(show_o, show_o, tasks, [5, 6, 7], args)
+    kept = [sft.Kept(task.prompt, *row) for task, *row in zip(tasks, rollout.images.codes, rollout.images.steps)]
+    empty = torch.tensor([False, True, False])
+    loss, sums = sft.objective(show_o, show_o, frozen_copy(show_o), rollout, kept, empty, args)
+    assert sums["kl_image"].item() == pytest.approx(0, abs=1e-4)
+    assert sums["rollout_difference"].item() == pytest.approx(0, abs=1e-4)
+    if mode == "two-stage":  # the same pictures: minus their recorded log-probs, but for the one without its prompt
+        mean = -rollout.images.mean(rollout.images.logprobs)
+        losses = sft.replay_loss(show_o, kept, empty, rollout.seeds, args)
+        close(losses[[0, 2]], mean[[0, 2]])
+        assert abs(losses[1] - mean[1]) > 1e-3 and sums["loss_image"].item() == pytest.approx(losses.sum().item())
+    loss.backward()
+    assert all(w.grad.isfinite().all() for w in show_o.parameters())
+    show_o.zero_grad()
+
+
+def test_relaxed_gradient_counts_each_code_as_often_as_its_weight():
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    codes, target = torch.tensor([[0, 1, 2], [3, 0, 1]]), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([[2.0, 0, 1], [0, 3, 0.5]])
+    plain, weighted = (
+        torch.autograd.grad((relaxed_codes(logits, codes, 1.0, [1, 2], w) * target).sum(), logits)[0] for w in (None, weights)
+    )
+    close(weighted, plain * weights[..., None], 1e-6)
+    assert torch.equal(relaxed_codes(logits, codes, 1.0, [1, 2], weights), F.one_hot(codes, 4).float())
+
+
+def test_flags_without_meaning_are_refused(show_o, tiny):
+    def fill(model, *arguments):
+        args = grpo.parse_args(["--prompts", "2", "--group", "2", *arguments])
+        fill_in(args, grpo.TINY, model, 1)
+        return args
+
+    for arguments in (["--draw-steps", "4"], ["--estimator", "replay"], ["--replay-steps", "2"]):
+        with pytest.raises(UserError, match=f"{arguments[0]} .*no meaning for a Janus"):
+            fill(tiny, *arguments)
+    for arguments, words in (
+        (["--draw-steps", "10"], "10 mask-predict steps.* 9 tokens"),
+        (["--replay-steps", "6"], "--replay-steps 6.* drawn in 5 steps"),
+        (["--replay-steps", "2", "--estimator", "remask"], "no meaning with --estimator remask"),
+        (["--freeze", "vision_model"], "--freeze vision_model: tiny has vqmodel, language_model, lm_head"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fill(show_o, *arguments)
+    model = copy.deepcopy(show_o)
+    args = fill(model, "--draw-steps", "7", "--replay-steps", "6")
+    assert (args.draw_steps, model.steps, args.freeze) == (7, 7, ["vqmodel"]) and fill(tiny).freeze == ["vision_model", "vqmodel"]
+
+
+def test_prompt_longer_than_the_text_window_is_refused():
+    model = small_show_o(max_seq_length=4)
+    model.generation_prompt(["a"])
+    with pytest.raises(UserError, match="'a red circle'.* text window 4"):
+        model.generation_prompt(["a", "a red circle"])
