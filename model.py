@@ -352,7 +352,7 @@ class Aligner(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image tokens: the VQ-16 tokenizer of LlamaGen that Janus uses
+# Image tokens: the VQ-16 tokenizer of LlamaGen that Janus uses, and MAGVIT-v2, made of the same blocks, that Show-o uses
 
 
 class ResnetBlock(nn.Module):
@@ -515,6 +515,101 @@ class VQModel(nn.Module):
             vectors = self.codebook()[codes]
         latents = vectors.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, E, h, w]
         return self.decoder(self.post_quant_conv(latents))
+
+
+MAGVIT = {  # the published sizes, which its config.json does not name (modeling_magvitv2.py of showlab/Show-o)
+    "channels": 128,
+    "encoder_multipliers": [1, 2, 2, 4, 4],
+    "encoder_blocks": [4, 3, 4, 3, 4],
+    "decoder_multipliers": [1, 1, 2, 2, 4],
+    "decoder_blocks": [4, 4, 3, 4, 3],
+    "bits": 13,
+}
+
+
+class MAGVITEncoder(nn.Module):
+    """Pixels [B, 3, H, W] -> latents [B, bits, h, w], one number a bit."""
+
+    def __init__(self, channels: int, multipliers: Sequence[int], blocks: Sequence[int], bits: int):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[i - 1] if i else channels, width, blocks[i], False, "downsample" if i < last else None)
+            for i, width in enumerate(widths)
+        )
+        self.mid = Mid(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(bits, bits, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class MAGVITDecoder(nn.Module):
+    """Bits [B, bits, h, w], each -1 or 1 -> pixels [B, 3, H, W]. Its levels are numbered from the highest resolution."""
+
+    def __init__(self, channels: int, multipliers: Sequence[int], blocks: Sequence[int], bits: int):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.conv_in = nn.Conv2d(bits, widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1])
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, last)], width, blocks[i], False, "upsample" if i else None)
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(self.post_quant_conv(x)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class MAGVITv2(nn.Module):
+    """Pixels <-> codes without a codebook to look up: a code's bits are the signs of the latents, the first the highest
+    (modeling_magvitv2.py of showlab/Show-o). `settings`: MAGVIT's keys, where its values are not wanted."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.settings = {**MAGVIT, **{key: settings[key] for key in MAGVIT if key in settings}}
+        sizes = self.settings
+        self.bits = sizes["bits"]
+        self.encoder, self.decoder = (
+            kind(sizes["channels"], sizes[f"{name}_multipliers"], sizes[f"{name}_blocks"], self.bits)
+            for kind, name in ((MAGVITEncoder, "encoder"), (MAGVITDecoder, "decoder"))
+        )
+        self.stride: int = 2 ** (len(sizes["encoder_multipliers"]) - 1)  # pixels a code, each way
+
+    def powers(self, like: Tensor) -> Tensor:
+        """What each bit counts [bits]."""
+        return 2 ** torch.arange(self.bits - 1, -1, -1, device=like.device)
+
+    def codebook(self, like: Tensor) -> Tensor:
+        """The bits [V, bits] of every code, as -1 and 1."""
+        codes = torch.arange(2**self.bits, device=like.device)
+        return ((codes[:, None] & self.powers(like)) > 0).to(like.dtype) * 2 - 1
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes [B, N] of pixels [B, 3, H, W] in [-1, 1]."""
+        positive = self.encoder(pixels) > 0  # [B, bits, h, w]
+        return (positive * self.powers(pixels)[:, None, None]).sum(1).flatten(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of codes [B, N] of a square, or, differentiably, of one-hots or mixtures [B, N, V]."""
+        weight = self.decoder.conv_in.weight
+        bits = codes.to(weight.dtype) @ self.codebook(weight) if codes.is_floating_point() else self.codebook(weight)[codes]
+        side = math.isqrt(codes.shape[1])
+        return self.decoder(bits.transpose(1, 2).unflatten(2, (side, side)))
 
 
 class GenerationHead(nn.Module):
@@ -714,7 +809,6 @@ class ShowO(UnifiedModel):
         self.num_codes: int = config.codebook_size  # V
         self.first_code: int = len(tokenizer)  # id of code 0
         self.mask_id: int = config.vocab_size - 1
-        vqmodel.grid = math.isqrt(self.num_image_tokens)
         self.soi, self.eoi, _, _, self.t2i, self.mmu, *_ = tokenizer.convert_tokens_to_ids(SHOW_O_TOKENS)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
@@ -735,7 +829,7 @@ class ShowO(UnifiedModel):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels [1, 3, H, W] of a picture, its shorter side resized to the model's square and the rest cut off."""
-        side = self.vqmodel.grid * self.vqmodel.stride
+        side = math.isqrt(self.num_image_tokens) * self.vqmodel.stride
         pixels = torch.from_numpy(np.array(ImageOps.fit(image, (side, side), Image.BICUBIC)))  # [H, W, 3]
         return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
@@ -1130,6 +1224,28 @@ def magvit_folder(folder: Path) -> Path:
     except UserError as error:
         raise UserError(f"{folder}: has no image tokenizer; give it a folder magvitv2, or let it come from the hub "
                         f"({error})") from None
+
+
+MAGVIT_UNUSED = ("quantize.embedding", "quantize.power_vals")  # the codes' bits, written out
+
+
+def load_magvit(folder: Path) -> MAGVITv2:
+    """The image tokenizer in `folder`, of the published sizes unless its config.json says otherwise."""
+    try:
+        model = MAGVITv2(read_json(folder / "config.json"))
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{folder}/config.json: not a MAGVIT-v2 configuration ({error})") from None
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name not in MAGVIT_UNUSED}
+    check_tensors(folder, model.state_dict(), tensors)
+    model.load_state_dict(tensors)
+    return model
+
+
+def save_magvit(model: MAGVITv2, folder: Path) -> None:
+    """In the published layout, with the sizes in config.json."""
+    (folder / "config.json").write_text(json.dumps({"_class_name": "MAGVITv2", **model.settings}, indent=2) + "\n")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def read_show_o_tokenizer(folder: Path, settings: dict) -> PreTrainedTokenizerFast:

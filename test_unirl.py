@@ -2767,3 +2767,140 @@ def test_prompt_longer_than_the_text_window_is_refused():
     model.generation_prompt(["a"])
     with pytest.raises(UserError, match="'a red circle'.* text window 4"):
         model.generation_prompt(["a", "a red circle"])
+
+
+# =====================================================================================================================
+# MAGVIT-v2
+
+
+MAGVIT_SMALL = {"channels": 32, "encoder_multipliers": [1, 1, 2], "encoder_blocks": [2, 1, 2],
+                "decoder_multipliers": [1, 2, 2], "decoder_blocks": [1, 2, 1], "bits": 5}
+
+
+@pytest.fixture(scope="module")
+def magvit():
+    torch.manual_seed(0)
+    model = model_module.MAGVITv2(MAGVIT_SMALL).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn_like(weight)  # norms that do something
+    return model
+
+
+def test_magvits_codes_are_the_signs_of_its_latents(magvit, monkeypatch):
+    """Written out by hand: the first bit is the highest, and zero is not positive."""
+    bits = torch.tensor([[-1, -1, -1, -1, -1], [-1, -1, -1, -1, 1], [1, -1, -1, -1, -1], [1, -1, 1, 1, -1]])
+    latents = (bits * 0.3).T.reshape(1, 5, 2, 2)  # four pixels, a code each
+    latents[0, 1, 0, 0] = 0.0
+    monkeypatch.setattr(magvit.encoder, "forward", lambda pixels: latents)
+    assert magvit.encode(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 1, 16, 22]]
+    assert torch.equal(magvit.codebook(latents)[[0, 1, 16, 22]], bits.float())
+
+
+def independent_magvit(weights, x, multipliers, blocks, decode):
+    """The published computation, from a state dict, function by function."""
+
+    def conv(name, x, **settings):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **settings)
+
+    def norm(name, x):
+        return F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def resnet(name, x):
+        h = norm(f"{name}.norm1", x)
+        h = norm(f"{name}.norm2", conv(f"{name}.conv1", h * torch.sigmoid(h), padding=1))
+        h = conv(f"{name}.conv2", h * torch.sigmoid(h), padding=1)
+        return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in weights else x)
+
+    def attention(name, x):
+        h = norm(f"{name}.norm", x)
+        q, k, v = (conv(f"{name}.{part}", h).flatten(2) for part in "qkv")  # [B, C, H W]
+        weight = torch.einsum("bci,bcj->bij", q, k).div(q.shape[1] ** 0.5).softmax(2)
+        return x + conv(f"{name}.proj_out", torch.einsum("bij,bcj->bci", weight, v).view_as(x))
+
+    def middle(x):
+        return resnet("mid.block_2", attention("mid.attn_1", resnet("mid.block_1", x)))
+
+    last = len(multipliers) - 1
+    if decode:
+        x = middle(conv("conv_in", conv("post_quant_conv", x), padding=1))
+        for level in range(last, -1, -1):
+            for block in range(blocks[level]):
+                x = resnet(f"up.{level}.block.{block}", x)
+            if level:
+                x = conv(f"up.{level}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
+    else:
+        x = conv("conv_in", x, padding=1)
+        for level in range(last + 1):
+            for block in range(blocks[level]):
+                x = resnet(f"down.{level}.block.{block}", x)
+            if level < last:
+                x = conv(f"down.{level}.downsample.conv", torch.nn.ZeroPad2d((0, 1, 0, 1))(x), stride=2)
+        x = middle(x)
+    x = norm("norm_out", x)
+    x = conv("conv_out", x * torch.sigmoid(x), padding=1)
+    return x if decode else conv("quant_conv", x)
+
+
+def test_magvit_equals_an_independent_computation(magvit):
+    pixels = torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        latents = independent_magvit(magvit.encoder.state_dict(), pixels, [1, 1, 2], [2, 1, 2], decode=False)
+        codes = sum((latents[:, bit] > 0).long() << (4 - bit) for bit in range(5)).flatten(1)
+        assert codes.unique().numel() > 3 and (latents - magvit.encoder(pixels)).abs().max() < 1e-4
+        assert torch.equal(magvit.encode(pixels), codes)
+        codes = torch.randint(32, (2, 36))
+        bits = torch.tensor([[[1.0 if code >> (4 - bit) & 1 else -1.0 for code in row] for bit in range(5)] for row in codes.tolist()])
+        expected = independent_magvit(magvit.decoder.state_dict(), bits.view(2, 5, 6, 6), [1, 2, 2], [1, 2, 1], decode=True)
+        assert (magvit.decode(codes) - expected).abs().max() < 1e-4
+        assert torch.equal(magvit.decode(F.one_hot(codes, 32).float()), magvit.decode(codes))
+
+
+def test_magvits_gradient_in_one_hots(magvit):
+    """Finite differences in float64."""
+    model = copy.deepcopy(magvit).double()
+    one_hots = F.one_hot(torch.randint(32, (1, 4)), 32).double().requires_grad_()
+    weight = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    value = lambda x: (model.decode(x) * weight).sum()
+    [gradient] = torch.autograd.grad(value(one_hots), one_hots)
+    for n, v in [(0, 0), (1, 17), (3, 31)]:
+        step = torch.zeros_like(one_hots)
+        step[0, n, v] = 1e-5
+        with torch.no_grad():
+            slope = (value(one_hots + step) - value(one_hots - step)) / 2e-5
+        assert gradient[0, n, v].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-8)
+
+
+def test_the_published_magvit(magvit, tmp_path):
+    """The published sizes, some of its names and shapes; a folder in its layout, its two lookup tables among the
+    tensors, is read to the bit, and a tensor too few or too many is named."""
+    with torch.device("meta"):
+        shapes_ = {name: list(tensor.shape) for name, tensor in model_module.MAGVITv2({}).state_dict().items()}
+    assert len(shapes_) == 380
+    for name, shape in {
+        "encoder.conv_in.weight": [128, 3, 3, 3], "encoder.down.0.block.3.conv2.weight": [128, 128, 3, 3],
+        "encoder.down.1.block.0.nin_shortcut.weight": [256, 128, 1, 1], "encoder.down.3.downsample.conv.bias": [512],
+        "encoder.down.4.block.3.norm1.weight": [512], "encoder.mid.attn_1.q.weight": [512, 512, 1, 1],
+        "encoder.conv_out.weight": [13, 512, 3, 3], "encoder.quant_conv.weight": [13, 13, 1, 1],
+        "decoder.post_quant_conv.weight": [13, 13, 1, 1], "decoder.conv_in.weight": [512, 13, 3, 3],
+        "decoder.up.4.block.2.conv1.weight": [512, 512, 3, 3], "decoder.up.4.upsample.conv.weight": [512, 512, 3, 3],
+        "decoder.up.3.block.0.nin_shortcut.weight": [256, 512, 1, 1], "decoder.up.0.block.3.conv1.weight": [128, 128, 3, 3],
+        "decoder.conv_out.weight": [3, 128, 3, 3],
+    }.items():
+        assert shapes_[name] == shape, name
+    assert not any(name.startswith(("encoder.down.4.downsample", "decoder.up.0.upsample")) for name in shapes_)
+    folder = tmp_path / "magvitv2"
+    folder.mkdir()
+    model_module.save_magvit(magvit, folder)
+    tensors = load_file(folder / "pytorch_model.safetensors")
+    tables = {"quantize.embedding": torch.zeros(32, 5), "quantize.power_vals": torch.zeros(5, dtype=torch.long)}
+    save_file({**tensors, **tables}, folder / "pytorch_model.safetensors")
+    again = model_module.load_magvit(folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), magvit.state_dict().values()))
+    save_file({**tensors, "encoder.extra": torch.zeros(1)}, folder / "pytorch_model.safetensors")
+    with pytest.raises(UserError, match="encoder.extra"):
+        model_module.load_magvit(folder)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, folder / "pytorch_model.safetensors")
+    with pytest.raises(UserError, match="decoder.conv_out.bias' is missing"):
+        model_module.load_magvit(folder)
