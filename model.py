@@ -1204,6 +1204,8 @@ def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype:
     try:
         tokenizer = read_show_o_tokenizer(folder, {**SHOW_O, **settings})
         vqmodel = load_magvit(magvit_folder(folder))
+        if 2**vqmodel.bits != settings["codebook_size"]:
+            raise UserError(f"{folder}: {settings['codebook_size']} codes, but its image tokenizer has {2**vqmodel.bits}")
         with torch.device("meta"):
             model = ShowO(settings, tokenizer, vqmodel)
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:

@@ -42,7 +42,9 @@ import model as model_module
 import sample
 import sft
 from evaluate import Detection, evaluate, judge, summarize, world_of
-from model import SHOW_O_TOKENS, Janus, Phi, ShowO, UserError, chat_template, frozen_copy, generation_mask, load, save
+from model import (
+    SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, chat_template, frozen_copy, generation_mask, load, save,
+)
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
     is_geneval_prompt, make_task, plural, score, task_key,
@@ -2272,7 +2274,7 @@ class BitPixels(torch.nn.Module):
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         pixels = codes @ self.BITS.to(codes) if codes.is_floating_point() else self.BITS[codes]  # [B, N, 3]
-        return pixels.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return pixels.transpose(1, 2).unflatten(2, (math.isqrt(codes.shape[1]), -1))
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         bits = (pixels[:, :2] > 0).long().flatten(2)
@@ -2904,3 +2906,149 @@ def test_the_published_magvit(magvit, tmp_path):
     save_file(tensors, folder / "pytorch_model.safetensors")
     with pytest.raises(UserError, match="decoder.conv_out.bias' is missing"):
         model_module.load_magvit(folder)
+
+
+# ---- Show-o's checkpoints -------------------------------------------------------------------------------------------
+
+SMALL_MAGVIT = {"channels": 32, "bits": 2, **{
+    f"{part}_{what}": [1, 1] for part in ("encoder", "decoder") for what in ("multipliers", "blocks")
+}}
+
+
+@pytest.fixture(scope="module")
+def saved_show_o(tmp_path_factory):
+    """A model with guidance and steps of its own, and the folder that it was saved in."""
+    model = small_show_o(vqmodel=MAGVITv2(SMALL_MAGVIT), guidance=1.5, steps=4, world="shapes")
+    folder = tmp_path_factory.mktemp("checkpoints") / "show-o"
+    save(model, folder)
+    return model, folder
+
+
+@pytest.fixture
+def copy_of_show_o(saved_show_o, tmp_path):
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(saved_show_o[1], tmp_path / "copy"))
+
+
+def test_saved_show_o_loads_as_it_was(saved_show_o, tmp_path):
+    model, folder = saved_show_o
+    again = load(str(folder))
+    same_tensors(model, again)
+    assert (again.guidance, again.steps, again.config.world, again.num_image_tokens) == (1.5, 4, "shapes", 9)
+    assert vars(again.config).items() >= vars(model.config).items() and not again.training
+    for left, right in zip(model.generation_prompt(PROMPTS), again.generation_prompt(PROMPTS)):
+        assert torch.equal(left, right)
+    first, second = (sample_images(m, PROMPTS, [1, 2, 3], 1.5, compiled=False) for m in (model, again))
+    assert torch.equal(first.codes, second.codes)
+    again.steps, again.guidance = 3, 2.0
+    save(again, tmp_path / "again", {"more.pt": {"a": torch.ones(1)}})
+    assert load(str(tmp_path / "again")).steps == 3 and (tmp_path / "again" / "more.pt").exists()
+
+
+PUBLISHED = {  # names and shapes of the published classes' state dict, at PHI's sizes
+    "showo.model.embed_tokens.weight": (303, 32),
+    "showo.model.layers.{}.self_attn.q_proj.weight": (32, 32), "showo.model.layers.{}.self_attn.q_proj.bias": (32,),
+    "showo.model.layers.{}.self_attn.k_proj.weight": (32, 32), "showo.model.layers.{}.self_attn.k_proj.bias": (32,),
+    "showo.model.layers.{}.self_attn.v_proj.weight": (32, 32), "showo.model.layers.{}.self_attn.v_proj.bias": (32,),
+    "showo.model.layers.{}.self_attn.dense.weight": (32, 32), "showo.model.layers.{}.self_attn.dense.bias": (32,),
+    "showo.model.layers.{}.self_attn.q_layernorm.weight": (8,), "showo.model.layers.{}.self_attn.q_layernorm.bias": (8,),
+    "showo.model.layers.{}.self_attn.k_layernorm.weight": (8,), "showo.model.layers.{}.self_attn.k_layernorm.bias": (8,),
+    "showo.model.layers.{}.mlp.fc1.weight": (48, 32), "showo.model.layers.{}.mlp.fc1.bias": (48,),
+    "showo.model.layers.{}.mlp.fc2.weight": (32, 48), "showo.model.layers.{}.mlp.fc2.bias": (32,),
+    "showo.model.layers.{}.input_layernorm.weight": (32,), "showo.model.layers.{}.input_layernorm.bias": (32,),
+    "showo.model.final_layernorm.weight": (32,), "showo.model.final_layernorm.bias": (32,),
+    "showo.lm_head.weight": (303, 32), "showo.lm_head.bias": (303,),
+}
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.safetensors", "model.safetensors"])
+def test_published_show_o_layout_loads_with_every_key_used(copy_of_show_o, saved_show_o, file, monkeypatch):
+    """As showlab/show-o-512x512 and UniRL's checkpoints have it: without tokenizers, which come from the hub, here from
+    folders that stand for it; Phi's own text tokenizer lacks Show-o's tokens."""
+    folder, (model, _) = copy_of_show_o, saved_show_o
+    settings = json.loads((folder / "config.json").read_text())
+    left_to_the_code = {key: settings.pop(key) for key in ("guidance", "steps", "world", "max_seq_length")}
+    settings |= {"load_from_showo": True, "use_mod": True, "_diffusers_version": "0.30.1", "llm_model_path": "microsoft/phi-1_5"}
+    (folder / "config.json").write_text(json.dumps({**settings, "steps": 4}))
+    tensors = load_file(folder / "pytorch_model.safetensors")
+    names = {name.format(i): shape for name, shape in PUBLISHED.items() for i in range(2)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == names
+    tensors["showo.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # of older transformers
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "pytorch_model.safetensors").unlink()
+    (save_file if file.endswith("safetensors") else torch.save)(tensors, folder / file)
+    hub = {"showlab/magvitv2": folder.parent / "magvitv2", "microsoft/phi-1_5": folder.parent / "phi"}
+    (folder / "magvitv2").rename(hub["showlab/magvitv2"])
+    phi = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
+    phi.save_pretrained(hub["microsoft/phi-1_5"])
+    monkeypatch.setattr(model_module, "snapshot_download", lambda name, allow_patterns: str(hub[name]))
+    again = load(str(folder))
+    same_tensors(model, again)
+    assert again.guidance == 5.0 and again.config.max_seq_length == 128 and left_to_the_code["steps"] == 4
+    assert again.question_prompt(QUESTIONS)[0].tolist() == model.question_prompt(QUESTIONS)[0].tolist()
+
+
+def spoil_config(**changes):
+    def spoil(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+def spoil_tensors(change):
+    def spoil(folder):
+        path = folder / "pytorch_model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return spoil
+
+
+BAD_SHOW_O = {
+    "no text tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(), "copy: has no tokenizer.json.*cannot download microsoft/phi-1_5"
+    ),
+    "no image tokenizer": (
+        lambda folder: shutil.rmtree(folder / "magvitv2"),
+        "copy: has no image tokenizer; give it a folder magvitv2.*cannot download showlab/magvitv2",
+    ),
+    "image tokenizer without weights": (
+        lambda folder: (folder / "magvitv2" / "pytorch_model.safetensors").unlink(), "copy/magvitv2: holds no model.safe"
+    ),
+    "more steps than tokens": (spoil_config(steps=10), "10 mask-predict steps.*9 tokens"),
+    "another vocabulary": (spoil_config(vocab_size=304), "are not the 304 rows"),
+    "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer has 4"),
+    "CLIP": (spoil_config(w_clip_vit=True), "copy: .*through CLIP"),
+    "no number": (spoil_config(num_vq_tokens="nine"), "copy/config.json: not a Show-o configuration"),
+    "missing tensor": (
+        spoil_tensors(lambda t: {k: v for k, v in t.items() if k != "showo.lm_head.bias"}), "'lm_head.bias' is missing"
+    ),
+    "unexpected tensor": (
+        spoil_tensors(lambda t: {**t, "mm_projector.0.weight": torch.ones(1)}), "'mm_projector.0.weight' is not one of"
+    ),
+    "wrong shape": (spoil_tensors(lambda t: {**t, "showo.lm_head.bias": torch.ones(3)}), r"'lm_head.bias' has shape \[3\]"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SHOW_O)
+def test_bad_show_o_is_refused_in_one_line(copy_of_show_o, fault, monkeypatch):
+    def offline(*args, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr(model_module, "snapshot_download", offline)
+    spoil, words = BAD_SHOW_O[fault]
+    spoil(copy_of_show_o)
+    with pytest.raises(UserError, match=words) as error:
+        load(str(copy_of_show_o))
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_are_cut_to_show_os_square(saved_show_o, tmp_path):
+    """The shorter side becomes the model's, the middle stays; mean and deviation 0.5 as published."""
+    model, _ = saved_show_o
+    stripes = np.zeros((12, 36, 3), np.uint8)
+    stripes[:, 12:24] = 255
+    Image.fromarray(stripes).save(tmp_path / "wide.png")
+    pixels = sample.read_image(model, tmp_path / "wide.png")
+    assert pixels.shape == (1, 3, 6, 6) and (pixels[..., 1:-1] > 0.9).all()
