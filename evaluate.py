@@ -25,7 +25,7 @@ held-out prompts, its renderer's true pictures, its detector. Into --out go imag
 
     scores        generation, understanding, imbalance: numbers in [0, 1], or null where something was not measured
     conditions    model, images (the folder), suite (name, prompts, sha256 of its lines), guidance, temperature,
-                  images_per_prompt, seed, scorer, nothing_found (share of pictures without a detection), versions
+                  draw_steps (a Show-o's, else null), images_per_prompt, seed, scorer, nothing_found (share of pictures without a detection), versions
     images        a record a picture: index (of its prompt), file, tag, prompt, question, known, drawn, reason,
                   detections (name, score, box, color), answer, answered, answer_about_true, answered_true
 """
@@ -47,11 +47,11 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from geneval import CLIP, COUNTING_THRESHOLD, DETECTOR, THRESHOLD, Detection, Detector, judge, load_detector
-from model import NAMES, Janus, UserError, load
+from model import NAMES, UnifiedModel, UserError, load
 from reward import REAL, TAGS, Task, Vocabulary, geneval_metadata, geneval_suite, score, task_of
 from sample import (
     contact_sheet, non_negative, positive, read_image, run, sample_answers, sample_images, start_ranks, to_pixels,
-    to_uint8,
+    to_uint8, use_draw_steps,
 )
 from tiny import world as shapes
 
@@ -82,7 +82,7 @@ def shapes_world() -> World:
     return World("shapes", shapes.VOCABULARY, suite, detect, shapes.render, least, least)
 
 
-def world_of(model: Janus) -> World:
+def world_of(model: UnifiedModel) -> World:
     """The shapes world for a checkpoint that says it lives there, GenEval's for any other."""
     shapes_only = getattr(model.config, "world", None) == "shapes"
     return shapes_world() if shapes_only else World("geneval", REAL, geneval_suite())
@@ -93,7 +93,7 @@ def world_of(model: Janus) -> World:
 
 
 def evaluate(
-    model: Janus, world: World, guidance: float, temperature: float = 1.0, images_per_prompt: int = 6, seed: int = 0,
+    model: UnifiedModel, world: World, guidance: float, temperature: float = 1.0, images_per_prompt: int = 6, seed: int = 0,
     batch: int = 144, compiled: bool = True, progress: str = "scoring",
 ) -> tuple[dict, list[dict]]:
     """Scores of the model in the world, and a record for every image (task, pixels, answers, verdicts), without a file.
@@ -104,9 +104,9 @@ def evaluate(
     bar = tqdm(range(0, len(jobs), batch), progress, unit="batch", leave=False, disable=None if rank == 0 else True)
     for start in bar:
         part = jobs[start : start + batch]
-        pixels = draw(model, world, part, guidance, temperature, compiled and len(part) == batch)
+        seen = model.see(draw(model, world, part, guidance, temperature, compiled and len(part) == batch))
         lines = [geneval_metadata(world.suite[index]) for index, _, _ in part]
-        scored = score_images(model, world, lines, to_uint8(pixels), pixels, [s for _, _, s in part])
+        scored = score_images(model, world, lines, to_uint8(model.show(seen)), seen, [s for _, _, s in part])
         records += [{"index": index, **record} for (index, _, _), record in zip(part, scored)]
     return summarize(everyones([{k: v for k, v in record.items() if k != "image"} for record in records])), records
 
@@ -127,19 +127,23 @@ def jobs_of(world: World, images_per_prompt: int, seed: int) -> list[tuple[int, 
 
 
 @torch.no_grad()
-def draw(model: Janus, world: World, jobs: list[tuple[int, int, int]], guidance, temperature, compiled) -> torch.Tensor:
-    """The jobs' pixels [B, 3, H, W]."""
+def draw(
+    model: UnifiedModel, world: World, jobs: list[tuple[int, int, int]], guidance: float, temperature: float,
+    compiled: bool,
+) -> torch.Tensor:
+    """The jobs' codes [B, N]."""
     prompts, seeds = [world.suite[index].prompt for index, _, _ in jobs], [s for _, _, s in jobs]
-    return model.to_pixels(sample_images(model, prompts, seeds, guidance, temperature, compiled).codes)
+    return sample_images(model, prompts, seeds, guidance, temperature, compiled).codes
 
 
 @torch.no_grad()
 def score_images(
-    model: Janus | None, world: World, metadata: Sequence[dict], images: Sequence[np.ndarray],
-    pixels: torch.Tensor | None, seeds: Sequence[int],
+    model: UnifiedModel | None, world: World, metadata: Sequence[dict], images: Sequence[np.ndarray],
+    seen: torch.Tensor | None, seeds: Sequence[int],
 ) -> list[dict]:
-    """A record for every image [H, W, 3] uint8 (the same for the model as pixels): what it shows by the detector, by
-    the model's own answer, and the model's answer about a true picture of the same task, drawn from the seed."""
+    """A record for every image [H, W, 3] uint8 (for the model as pixels or as what `see` gave): what it shows by the
+    detector, by the model's own answer, and the model's answer about a true picture of the same task, drawn from the
+    seed."""
     tasks = [task_of(line) for line in metadata]
     questions = [task.question for task in tasks]
     nothing = [None] * len(tasks)
@@ -148,10 +152,10 @@ def score_images(
         found = world.detect(images, metadata)
         verdicts = [judge(m, d, world.threshold, world.counting_threshold) for m, d in zip(metadata, found)]
     if model is not None:
-        own = sample_answers(model, pixels.to(model.dtype), questions).texts
+        own = sample_answers(model, seen, questions).texts
     if model is not None and world.render:
         pictures = np.stack([world.render(task, np.random.default_rng(s)) for task, s in zip(tasks, seeds)])
-        true = sample_answers(model, to_pixels(pictures, model.device).to(model.dtype), questions).texts
+        true = sample_answers(model, to_pixels(pictures, model.device), questions).texts
 
     def right(answer: str | None, task: Task) -> bool | None:
         return None if answer is None else score(answer, task, world.vocabulary) == 1
@@ -238,13 +242,13 @@ def write_suite(path: Path, suite: Sequence[Task]) -> None:
 
 
 def draw_folder(
-    model: Janus, world: World, folder: Path, images_per_prompt: int, guidance: float, temperature: float, seed: int,
+    model: UnifiedModel, world: World, folder: Path, images_per_prompt: int, guidance: float, temperature: float, seed: int,
     batch: int, compiled: bool, name: str,
 ) -> None:
     """Draws what is still missing of the suite's pictures, this rank's share of them, each written whole or not at all.
     Refuses a folder that was begun under other conditions."""
     conditions = {"model": name, "prompts": len(world.suite), "images_per_prompt": images_per_prompt,
-                  "guidance": guidance, "temperature": temperature, "seed": seed}
+                  "guidance": guidance, "temperature": temperature, "draw_steps": model.steps, "seed": seed}
     kept = folder / "conditions.json"
     if kept.exists() and json.loads(kept.read_text()) != conditions:
         raise UserError(f"{folder}: holds pictures drawn under other conditions ({kept}): give another --out")
@@ -258,8 +262,8 @@ def draw_folder(
     bar = tqdm(total=len(jobs), desc="drawing", unit="image", disable=None if rank == 0 else True)
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
-        pixels = draw(model, world, part, guidance, temperature, compiled and len(part) == batch)
-        for (index, number, _), image in zip(part, to_uint8(pixels)):
+        codes = draw(model, world, part, guidance, temperature, compiled and len(part) == batch)
+        for (index, number, _), image in zip(part, to_uint8(model.to_pixels(codes))):
             path = place(index, number)
             Image.fromarray(image).save(path.with_suffix(f".partial{rank}"), "PNG")
             os.replace(path.with_suffix(f".partial{rank}"), path)
@@ -305,7 +309,7 @@ def read_folder(folder: Path) -> list[tuple[dict, list[Path]]]:
     return pictures
 
 
-def score_folder(model: Janus | None, world: World, pictures: list[tuple[dict, list[Path]]], batch: int) -> list[dict]:
+def score_folder(model: UnifiedModel | None, world: World, pictures: list[tuple[dict, list[Path]]], batch: int) -> list[dict]:
     """A record a picture, this rank's share of them; pictures are read a batch at a time and not kept."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     jobs = [(index, line, file) for index, (line, files) in enumerate(pictures) for file in files]
@@ -450,6 +454,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=non_negative(int), default=0)
     add("--guidance", type=non_negative(float), help="default: the checkpoint's")
     add("--temperature", type=positive(float), default=1.0)
+    add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
     add("--batch", type=positive(int), help="images at once (default: 144 on tiny, 16 on others)")
     add("--no-compile", action="store_true", help="start at once, draw slower")
     add("--detector", default=DETECTOR, help=f"a folder or hub id, or none: draw and ask only (default: {DETECTOR})")
@@ -477,6 +482,7 @@ def main() -> None:
     if args.model or not args.images:
         args.model = args.model or "tiny"
         model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        use_draw_steps(model, args.draw_steps)
     world = world_of(model) if model else World("geneval", REAL, geneval_suite())
     if pictures:
         classes = {fact["class"] for line, _ in pictures for fact in line["include"]}
@@ -515,7 +521,7 @@ def finish(args, world: World, folder: Path, pictures: list, records: list[dict]
     scorer = f"{args.detector}, {args.clip}" if isinstance(world.detect, Detector) else "the shapes world's detector"
     conditions = {
         "model": args.model, "images": str(folder), "guidance": drawn.get("guidance"),
-        "temperature": drawn.get("temperature"), "seed": drawn.get("seed"),
+        "temperature": drawn.get("temperature"), "draw_steps": drawn.get("draw_steps"), "seed": drawn.get("seed"),
         "images_per_prompt": max(len(files) for _, files in pictures),
         "suite": {"name": world.name, "prompts": len(pictures), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         "scorer": scorer if world.detect else None, "nothing_found": empty,

@@ -55,15 +55,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import World, evaluate, world_of
-from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
+from model import NAMES, PARTS, UnifiedModel, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
 from sample import (
-    Answers, Images, answer_logits, bound_gradient, encode_answers, image_logits, k3, non_negative, positive,
-    relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
+    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, k3, non_negative,
+    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
 )
 from training import (
-    contact_sheet_of, fill_in, finish, gather, learning_rate, load_optimizer, mean_rewards, open_run, peak_memory, resumed,
-    score_before, stop_unless_finite, update,
+    contact_sheet_of, fill_in, finish, gather, learning_rate, load_optimizer, mean_rewards, open_run, peak_memory,
+    resumed, score_before, stop_unless_finite, update,
 )
 
 MODES = ("two-stage", "end-to-end")
@@ -106,60 +106,65 @@ class Rollout:
     tasks: list[Task]
     seeds: list[int]
     images: Images
-    pixels: Tensor  # [B, 3, H, W]
+    seen: Tensor  # what is seen of the images: pixels [B, 3, H, W] by a Janus, codes [B, N] by a Show-o
     answers: Answers
     reference_images: Tensor | None = None  # [B, N] log-probs
     reference_answers: Tensor | None = None  # [B, A]
 
 
-def roll_out(policy: Janus, judge: Janus, tasks: list[Task], seeds: list[int], args) -> Rollout:
+def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args) -> Rollout:
     """An image by the policy for every task, and the judge's answer about each image."""
     prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
     images = sample_images(policy, prompts, seeds, args.guidance, args.temperature, not args.no_compile)
+    images = choose_scored(
+        policy, images, seeds, args.estimator, args.replay_steps, args.guidance, args.temperature, args.logprob
+    )
     with torch.no_grad():
-        pixels = policy.to_pixels(images.codes)
-    return Rollout(tasks, seeds, images, pixels, sample_answers(judge, pixels, questions, seeds, 1.0, args.max_tokens))
+        seen = policy.see(images.codes)
+    return Rollout(tasks, seeds, images, seen, sample_answers(judge, seen, questions, seeds, 1.0, args.max_tokens))
 
 
-def self_reward(judge: Janus, rollout: Rollout, world: World, kind: str) -> list[float]:
+def self_reward(judge: UnifiedModel, rollout: Rollout, world: World, kind: str) -> list[float]:
     """The reward of every trajectory in [0, 1]. Another reward is written here, and nowhere else."""
     if kind != "likelihood":
         return [score(text, task, world.vocabulary, kind) for text, task in zip(rollout.answers.texts, rollout.tasks)]
     ids, mask = encode_answers(judge, [task.answer for task in rollout.tasks])
     with torch.no_grad():
-        logits = answer_logits(judge, rollout.pixels, [task.question for task in rollout.tasks], ids)
+        logits = answer_logits(judge, rollout.seen, [task.question for task in rollout.tasks], ids)
     return (token_logprobs(logits, ids) * mask).sum(1).exp().tolist()
 
 
-def trajectory_logits(model: Janus, judge: Janus, rollout: Rollout, args) -> tuple[Tensor, Tensor | None]:
+def trajectory_logits(model: UnifiedModel, judge: UnifiedModel, rollout: Rollout, args) -> tuple[Tensor, Tensor | None]:
     """Logits of the image codes [B, N, V] and of the answer tokens [B, A, vocabulary] of a rollout, teacher-forced.
     End-to-end the answers' gradient reaches the image's logits through the picture."""
-    images, pixels = image_logits(model, rollout.images, args.guidance, args.temperature, args.logprob), rollout.pixels
+    images, seen = image_logits(model, rollout.images, args.guidance, args.temperature, args.logprob), rollout.seen
     if not args.answer_weight:
         return images, None
     if args.mode == "end-to-end" and torch.is_grad_enabled():
-        relaxed = relaxed_codes(images, rollout.images.codes, args.tau, rollout.seeds)
-        pixels = model.to_pixels(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
-    return images, answer_logits(judge, pixels, [task.question for task in rollout.tasks], rollout.answers.ids)
+        relaxed = relaxed_codes(images, rollout.images.codes, args.tau, rollout.seeds, rollout.images.weights)
+        seen = model.see(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
+    return images, answer_logits(judge, seen, [task.question for task in rollout.tasks], rollout.answers.ids)
 
 
-def objective(policy: Janus, judge: Janus, rollout: Rollout, advantages: Tensor, args) -> tuple[Tensor, dict]:
+def objective(
+    policy: UnifiedModel, judge: UnifiedModel, rollout: Rollout, advantages: Tensor, args
+) -> tuple[Tensor, dict]:
     """The loss summed over these trajectories, and sums over them of what is logged."""
     image_logits_, answer_logits_ = trajectory_logits(policy, judge, rollout, args)
-    codes, old = rollout.images.codes, rollout.images.logprobs
-    logprobs = token_logprobs(image_logits_, codes)  # [B, N]
+    images, old = rollout.images, rollout.images.logprobs
+    logprobs = images.score(image_logits_)  # [B, N]
     kl = k3(logprobs, rollout.reference_images)
-    loss = args.beta * kl.mean(1)
+    loss = args.beta * images.mean(kl)
     if args.mode == "two-stage":  # the image's tokens are actions too, and get the advantage themselves
-        loss = args.image_weight * (loss + clipped_objective(logprobs, old, advantages, args.clip).mean(1))
+        loss = args.image_weight * (loss + images.mean(clipped_objective(logprobs, old, advantages, args.clip)))
     with torch.no_grad():
         ratio, distribution = (logprobs - old).exp(), image_logits_.log_softmax(-1)
         sums = {
-            "kl_image": kl.mean(1).sum(),
-            "ratio": ratio.mean(1).sum(),
-            "clipped": ((ratio - 1).abs() > args.clip).float().mean(1).sum(),
-            "rollout_difference": (logprobs - old).abs().mean(1).sum(),
-            "entropy_image": -(distribution.exp() * distribution).sum(-1).mean(1).sum(),
+            "kl_image": images.mean(kl).sum(),
+            "ratio": (1 + images.mean(ratio - 1)).sum(),
+            "clipped": images.mean(((ratio - 1).abs() > args.clip).float()).sum(),
+            "rollout_difference": images.mean((logprobs - old).abs()).sum(),
+            "entropy_image": -images.mean((distribution.exp() * distribution).sum(-1)).sum(),
         }
     if answer_logits_ is not None:
         answers = rollout.answers
@@ -171,11 +176,11 @@ def objective(policy: Janus, judge: Janus, rollout: Rollout, advantages: Tensor,
     return loss.sum(), {"loss": loss.sum(), **sums}
 
 
-def score_by_reference(reference: Janus, rollout: Rollout, args) -> None:
+def score_by_reference(reference: UnifiedModel, rollout: Rollout, args) -> None:
     """Adds the reference's log-probs of the rollout's tokens."""
     with torch.no_grad():
         images, answers = trajectory_logits(reference, reference, rollout, args)
-        rollout.reference_images = token_logprobs(images, rollout.images.codes)
+        rollout.reference_images = rollout.images.score(images)
         if answers is not None:
             rollout.reference_answers = token_logprobs(answers, rollout.answers.ids)
 
@@ -210,11 +215,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
     add("--guidance", type=non_negative(float), help="w (default: the checkpoint's)")
     add("--temperature", type=positive(float), default=1.0, help="of image tokens (default: 1)")
+    add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
     add("--max-tokens", type=positive(int), help="of an answer " + both("max_tokens"))
     add = parser.add_argument_group("learning").add_argument
     add("--reward", choices=["exact", "partial", "likelihood"], default="exact", help="(default: exact)")
     add("--logprob", choices=["guided", "detached", "conditional"], default="guided",
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
+    add("--estimator", choices=["replay", "remask"],
+        help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
+    add("--replay-steps", type=positive(int), help="random ones that are replayed of a Show-o's (default: all)")
     add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
@@ -228,8 +237,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", choices=["policy", "frozen"],
         help="who answers: the policy or its frozen start (default: frozen end-to-end, whose gradient it passes on)")
     add("--max-grad-norm", type=positive(float), default=1.0, help="(default: 1)")
-    add("--freeze", nargs="*", default=["vision_model", "vqmodel"], choices=PARTS, metavar="PART",
-        help=f"parts that stay as they are, of {', '.join(PARTS)} (default: vision_model vqmodel)")
+    add("--freeze", nargs="*", choices=PARTS, metavar="PART",
+        help=f"parts that stay as they are, of {', '.join(PARTS)} (default: those that it has of vision_model vqmodel)")
     add("--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing " + both("recompute"))
     args = parser.parse_args(argv)
     if args.group == 1:
@@ -335,7 +344,7 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
             bar.set_description(f"grpo, self-reward {line['reward']:.2f}")
             if step == 0 or (step + 1) % 25 == 0 or last:
-                contact_sheet_of(rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
+                contact_sheet_of(policy, rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
             if (step + 1) % args.save_every == 0 or last:
                 save(policy, out / f"step_{step + 1:06d}", {"optimizer.pt": optimizer.state_dict()})
         idle = idle + 1 if zero_spread == 1 or means["grad_norm"] == 0 else 0

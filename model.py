@@ -1,37 +1,46 @@
-"""Janus in plain PyTorch: one LLaMA trunk that reads text, reads images and writes image tokens.
+"""Janus and Show-o in plain PyTorch: one trunk that reads text, reads images and writes image tokens.
 
     prompt  -> embed_text -> trunk -> generation_head -> image codes -> vqmodel.decode -> pixels       (generation)
-    pixels  -> vision_model (SigLIP) -> aligner -> trunk -> lm_head -> answer                         (understanding)
+    pixels  -> vision_model (SigLIP) -> aligner -> trunk -> lm_head -> answer         (understanding, Janus)
+    pixels  -> vqmodel.encode -> image codes -> embed_codes -> trunk -> lm_head -> answer     (understanding, Show-o)
 
-Nothing here knows about sampling, rewards or training. Modules carry the names of the transformers layout
+Janus' trunk is a LLaMA, which writes an image's codes one after the other; Show-o's is a Phi, which fills in masked
+codes, all of which see each other. What differs between the two stays behind methods of the same names.
+
+Nothing here knows about sampling, rewards or training. Janus' modules carry the names of the transformers layout
 (`JanusForConditionalGeneration`), so that a checkpoint needs no table of names; the original DeepSeek layout has one,
-`ORIGINAL_NAMES`. Both are read, the transformers layout is written.
+`ORIGINAL_NAMES`. Both are read, the transformers layout is written. Show-o's own layout is read and written.
 
     from model import load, save
-    model = load("tiny")                 # or "janus", "janus-pro-1b", "janus-pro-7b", a hub id, a folder
+    model = load("tiny")                 # or another of NAMES, a hub id, a folder
     save(model, "somewhere")             # JanusForConditionalGeneration.from_pretrained("somewhere") opens it
 
-Written against, and tested to agree with, transformers 5.23.0 (models/janus) and github.com/deepseek-ai/Janus.
+Written against, and tested to agree with, transformers 5.23.0 (models/janus, models/phi), github.com/deepseek-ai/Janus
+and github.com/showlab/Show-o.
 """
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, JanusConfig, JanusProcessor, PreTrainedTokenizerFast
+from transformers import GenerationConfig, JanusConfig, JanusProcessor, PhiConfig, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 NAMES = {  # what --model takes, besides any hub id and any folder
@@ -39,6 +48,9 @@ NAMES = {  # what --model takes, besides any hub id and any folder
     "janus": "deepseek-ai/Janus-1.3B",
     "janus-pro-1b": "deepseek-ai/Janus-Pro-1B",
     "janus-pro-7b": "deepseek-ai/Janus-Pro-7B",
+    "tiny-show-o": str(Path(__file__).parent / "tiny" / "show-o"),
+    "show-o": "showlab/show-o-512x512",
+    "show-o-256": "showlab/show-o",
 }
 
 
@@ -53,12 +65,12 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The trunk: LLaMA, with grouped-query attention and a static key-value cache
+# The trunks: LLaMA and Phi, with grouped-query attention and a static key-value cache
 
 
 def run_block(block: nn.Module, *inputs) -> Tensor:
-    """block(*inputs). Where `Janus.recompute` asked for it, what happens inside is not kept for the backward pass but
-    computed again there: memory for a third more time."""
+    """block(*inputs). Where `UnifiedModel.recompute` asked for it, what happens inside is not kept for the backward
+    pass but computed again there: memory for a third more time."""
     if block.recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -88,6 +100,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cache, slots) -> Tensor:
+    """Attention [B, T, H * d] of queries [B, H, T, d] over keys and values [B, Hkv, T, d], or over all of the cache
+    once these are written into its columns `slots` [T]."""
+    if cache is not None:
+        keys, values = cache
+        k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)  # [B, Hkv, S, d]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)
+
+
+def causal(mask: Tensor) -> Tensor:
+    """Attention mask [B, 1, T, T] of left-padded rows with mask [B, T]: every token sees itself and what stands before
+    it, but no padding. (Padding sees itself, because a softmax over nothing is not a number.)"""
+    T = mask.shape[1]
+    look = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
+    return (look | torch.eye(T, dtype=torch.bool, device=mask.device))[:, None]
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Rotary positions [B, T], counted from each row's first real token."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -103,12 +138,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, Hkv, T, d]
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            keys, values = cache
-            k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)  # [B, Hkv, S, d]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, cache, slots))
 
 
 class MLP(nn.Module):
@@ -149,7 +179,7 @@ class LanguageModel(nn.Module):
             raise UserError("this LLaMA has scaled rotary embeddings or biases; no published Janus does, not supported")
         if config.hidden_act != "silu":
             raise UserError(f"this LLaMA has {config.hidden_act!r} for silu; no published Janus does, not supported")
-        self.config = config
+        self.config, self.rotary = config, config.head_dim  # dimensions of a head that are rotated
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -173,7 +203,7 @@ class LanguageModel(nn.Module):
             mask: [B, 1, T, S], True where a token may look; S = T, or the cache's length.
             cache, slots: keys and values are written into the cache's columns `slots` [T] and read from all of it.
         """
-        half = self.config.head_dim // 2
+        half = self.rotary // 2
         theta = self.config.rope_parameters["rope_theta"]
         speed = theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)  # [d / 2]
         angles = positions[:, None, :, None].float() * speed.repeat(2)  # [B, 1, T, d]
@@ -181,6 +211,65 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers):
             x = run_block(layer, x, cos, sin, mask, cache[i] if cache else None, slots)
         return self.norm(x)
+
+
+class PhiAttention(nn.Module):
+    """With biases, a layer norm of every query and key, and rotary embeddings on a head's first dimensions only."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.head_dim = config.hidden_size, config.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj, self.dense = nn.Linear(width, width), nn.Linear(width, width)
+        self.k_proj, self.v_proj = nn.Linear(width, kv_width), nn.Linear(width, kv_width)
+        self.q_layernorm, self.k_layernorm = (nn.LayerNorm(self.head_dim, config.layer_norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # [B, H, T, d]
+        d = cos.shape[-1]
+        q, k = (
+            torch.cat((rotate(y[..., :d], cos, sin), y[..., d:]), dim=-1).to(v.dtype)  # autocast norms in float32
+            for y in (self.q_layernorm(q), self.k_layernorm(k))
+        )
+        return self.dense(attend(q, k, v, mask, cache, slots))
+
+
+class PhiMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PhiLayer(nn.Module):
+    """Attention and MLP side by side, of the same normalised input."""
+
+    recompute = False
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn, self.mlp = PhiAttention(config), PhiMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+        h = self.input_layernorm(x)
+        return x + self.self_attn(h, cos, sin, mask, cache, slots) + self.mlp(h)
+
+
+class Phi(LanguageModel):
+    """The Phi trunk without its head, run as LanguageModel is. `config` is transformers' PhiConfig."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        config.head_dim = config.hidden_size // config.num_attention_heads
+        self.config, self.rotary = config, int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PhiLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +352,7 @@ class Aligner(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image tokens: the VQ-16 tokenizer of LlamaGen that Janus uses
+# Image tokens: the VQ-16 tokenizer of LlamaGen that Janus uses, and MAGVIT-v2, made of the same blocks, that Show-o uses
 
 
 class ResnetBlock(nn.Module):
@@ -428,6 +517,101 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
+MAGVIT = {  # the published sizes, which its config.json does not name (modeling_magvitv2.py of showlab/Show-o)
+    "channels": 128,
+    "encoder_multipliers": [1, 2, 2, 4, 4],
+    "encoder_blocks": [4, 3, 4, 3, 4],
+    "decoder_multipliers": [1, 1, 2, 2, 4],
+    "decoder_blocks": [4, 4, 3, 4, 3],
+    "bits": 13,
+}
+
+
+class MAGVITEncoder(nn.Module):
+    """Pixels [B, 3, H, W] -> latents [B, bits, h, w], one number a bit."""
+
+    def __init__(self, channels: int, multipliers: Sequence[int], blocks: Sequence[int], bits: int):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[i - 1] if i else channels, width, blocks[i], False, "downsample" if i < last else None)
+            for i, width in enumerate(widths)
+        )
+        self.mid = Mid(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(bits, bits, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class MAGVITDecoder(nn.Module):
+    """Bits [B, bits, h, w], each -1 or 1 -> pixels [B, 3, H, W]. Its levels are numbered from the highest resolution."""
+
+    def __init__(self, channels: int, multipliers: Sequence[int], blocks: Sequence[int], bits: int):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.conv_in = nn.Conv2d(bits, widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1])
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, last)], width, blocks[i], False, "upsample" if i else None)
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(self.post_quant_conv(x)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class MAGVITv2(nn.Module):
+    """Pixels <-> codes without a codebook to look up: a code's bits are the signs of the latents, the first the highest
+    (modeling_magvitv2.py of showlab/Show-o). `settings`: MAGVIT's keys, where its values are not wanted."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.settings = {**MAGVIT, **{key: settings[key] for key in MAGVIT if key in settings}}
+        sizes = self.settings
+        self.bits = sizes["bits"]
+        self.encoder, self.decoder = (
+            kind(sizes["channels"], sizes[f"{name}_multipliers"], sizes[f"{name}_blocks"], self.bits)
+            for kind, name in ((MAGVITEncoder, "encoder"), (MAGVITDecoder, "decoder"))
+        )
+        self.stride: int = 2 ** (len(sizes["encoder_multipliers"]) - 1)  # pixels a code, each way
+
+    def powers(self, like: Tensor) -> Tensor:
+        """What each bit counts [bits]."""
+        return 2 ** torch.arange(self.bits - 1, -1, -1, device=like.device)
+
+    def codebook(self, like: Tensor) -> Tensor:
+        """The bits [V, bits] of every code, as -1 and 1."""
+        codes = torch.arange(2**self.bits, device=like.device)
+        return ((codes[:, None] & self.powers(like)) > 0).to(like.dtype) * 2 - 1
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes [B, N] of pixels [B, 3, H, W] in [-1, 1]."""
+        positive = self.encoder(pixels) > 0  # [B, bits, h, w]
+        return (positive * self.powers(pixels)[:, None, None]).sum(1).flatten(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of codes [B, N] of a square, or, differentiably, of one-hots or mixtures [B, N, V]."""
+        weight = self.decoder.conv_in.weight
+        bits = codes.to(weight.dtype) @ self.codebook(weight) if codes.is_floating_point() else self.codebook(weight)[codes]
+        side = math.isqrt(codes.shape[1])
+        return self.decoder(bits.transpose(1, 2).unflatten(2, (side, side)))
+
+
 class GenerationHead(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -442,7 +626,47 @@ class GenerationHead(nn.Module):
 # Janus
 
 
-class Janus(nn.Module):
+class UnifiedModel(nn.Module):
+    """What Janus and Show-o have in common: `language_model`, `lm_head`, `vqmodel` and `tokenizer`."""
+
+    steps: int | None = None  # of mask-predict; a Janus has none
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def recompute(self, on: bool) -> None:
+        """Gradient checkpointing of every block of trunk, SigLIP and image tokenizer."""
+        for module in self.modules():
+            if isinstance(getattr(module, "recompute", None), bool):
+                module.recompute = on
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]"""
+        return self.language_model.embed_tokens(ids)
+
+    def to_pixels(self, codes: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] of codes [B, N] or one-hots [B, N, V] (differentiable in the one-hots)."""
+        return self.vqmodel.decode(codes).clamp(-1, 1)
+
+    def show(self, seen: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] of what `see` gave."""
+        return seen if seen.dim() == 4 else self.to_pixels(seen)
+
+    def left_pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids [B, T] of rows of unequal length, and mask [B, T], True on what is not padding."""
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return ids, torch.arange(longest, device=self.device) >= longest - lengths[:, None]
+
+
+class Janus(UnifiedModel):
     """The unified model with tokenizer, prompt format and default guidance. `config` is transformers' JanusConfig."""
 
     def __init__(self, config: JanusConfig, processor: JanusProcessor, guidance: float = 5.0):
@@ -463,24 +687,6 @@ class Janus(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.language_model.embed_tokens.weight
 
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
-
-    def recompute(self, on: bool) -> None:
-        """Gradient checkpointing of every block of trunk, SigLIP and image tokenizer."""
-        for module in self.modules():
-            if isinstance(module, (DecoderLayer, VisionLayer, ResnetBlock, AttnBlock)):
-                module.recompute = on
-
-    def embed_text(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D]"""
-        return self.language_model.embed_tokens(ids)
-
     def embed_codes(self, codes: Tensor) -> Tensor:
         """The trunk's input for image codes that were generated: [B, N] -> [B, N, D]"""
         return self.generation_aligner(self.generation_embeddings(codes))
@@ -489,22 +695,26 @@ class Janus(nn.Module):
         """The trunk's input for an image that is looked at: [B, 3, H, W] in [-1, 1] -> [B, M, D]"""
         return self.aligner(self.vision_model(pixels))
 
-    def to_pixels(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] of codes [B, N] or one-hots [B, N, V] (differentiable in the one-hots)."""
-        return self.vqmodel.decode(codes).clamp(-1, 1)
+    def see(self, codes: Tensor) -> Tensor:
+        """What understanding is given of an image of codes [B, N] or one-hots [B, N, V]: its pixels."""
+        return self.to_pixels(codes)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Pixels [1, 3, H, W] of a picture, resized and padded to the model's square."""
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"].flatten(0, -4)
+
+    def conditional_weight(self, guidance: float) -> float:
+        """c of the guided logits l_uncond + c (l_cond - l_uncond)."""
+        return guidance
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids [B, T], left-padded, each row starting with the begin-of-sentence token, and mask [B, T], True on
         what is not padding."""
-        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        bos = self.tokenizer.bos_token_id
         # The begin-of-sentence token is added here: whether a tokenizer adds it by itself varies between checkpoints.
-        rows = [[bos, *self.tokenizer.encode(text, add_special_tokens=False)] for text in texts]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.device)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        return ids, torch.arange(longest, device=self.device) >= longest - lengths[:, None]
+        return self.left_pad([[bos, *self.tokenizer.encode(text, add_special_tokens=False)] for text in texts])
 
     def chat(self, content: list[dict[str, str]]) -> str:
         """One user turn in the checkpoint's own format, open for the assistant's reply."""
@@ -516,13 +726,13 @@ class Janus(nn.Module):
         start = self.tokenizer.boi_token
         return self.encode([self.chat([{"type": "text", "text": prompt}]) + start for prompt in prompts])
 
-    def unconditional(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The guidance's other branch [B, P]: every prompt token replaced by pad, but for the first and the last
-        (generation_inference.py of the original). The pads are looked at: the mask stays that of the prompt."""
+    def unconditional(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, P] of the guidance's other branch: every prompt token replaced by pad, but for the first and
+        the last (generation_inference.py of the original). The pads are looked at, so the mask stays."""
         first = mask & (mask.cumsum(1) == 1)
         keep = first | ~mask
         keep[:, -1] = True
-        return ids.where(keep, self.tokenizer.pad_token_id)
+        return ids.where(keep, self.tokenizer.pad_token_id), mask
 
     def question_prompt(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, Q] of questions about one image each; where the image goes, its placeholder token stands
@@ -537,10 +747,14 @@ class Janus(nn.Module):
             texts.append(text.replace(tokens.image_token, slots))
         return self.encode(texts)
 
+    def question_mask(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Attention mask [B, 1, T, T] of questions and answers with ids and mask [B, T]."""
+        return causal(mask)
+
     def embed_question(self, ids: Tensor, pixels: Tensor) -> Tensor:
         """Trunk input [B, Q, D] for `question_prompt`'s ids, with the image's features in their place."""
         x = self.embed_text(ids)
-        features = self.image_features(pixels)  # [B, M, D]
+        features = self.image_features(pixels.to(self.dtype))  # [B, M, D]
         return x.masked_scatter((ids == self.config.image_token_id)[..., None], features.to(x.dtype))
 
 
@@ -550,12 +764,150 @@ SYSTEM_PROMPT = (  # the original's, kept word for word because the weights were
 )
 
 
-def frozen_copy(model: Janus) -> Janus:
+# ---------------------------------------------------------------------------------------------------------------------
+# Show-o
+
+SHOW_O = {  # what Show-o's published config.json leaves to its code and to the settings of its scripts
+    "llm_model_path": "microsoft/phi-1_5",
+    "phi_config": {},  # sizes of the trunk, where they are not Phi-1.5's (which are transformers' defaults)
+    "max_seq_length": 128,  # text tokens of a prompt, including <bos> and <eos>
+    "guidance": 5.0,
+    "steps": 50,  # of mask-predict: the published commands draw with 50, though its function's default is 18
+}
+SHOW_O_TOKENS = ("<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
+
+
+class ShowO(UnifiedModel):
+    """The unified model with tokenizers, prompt format, default guidance and default number of mask-predict steps.
+
+    One vocabulary for everything: text, [PAD] and SHOW_O_TOKENS, then the image codes, last the mask. The rows are
+
+        <|t2i|> <bos> prompt <eos> | <|soi|> codes <|eoi|>                            (generation)
+        <|mmu|> <|soi|> codes <|eoi|> <bos> USER: \n question ASSISTANT: | answer <eos>     (understanding)
+
+    left-padded, and the omni-attention is causal for text, whereas in generation the image (everything right of the
+    bar) sees the prompt and all of itself, and in understanding everything up to <|eoi|> is seen by everything.
+    Padding is seen by nothing, so that a row's width does not matter; the published code always pads to the window.
+
+    Args:
+        settings: SHOW_O's keys and those of a published config.json.
+        tokenizer: with [PAD] and SHOW_O_TOKENS.
+        vqmodel: the image tokenizer.
+    """
+
+    def __init__(self, settings: dict, tokenizer: PreTrainedTokenizerFast, vqmodel: nn.Module):
+        super().__init__()
+        config = SimpleNamespace(**{**SHOW_O, **settings})
+        self.config, self.tokenizer, self.vqmodel = config, tokenizer, vqmodel
+        self.guidance, self.steps = config.guidance, config.steps
+        if not 0 < self.steps <= config.num_vq_tokens:
+            raise UserError(f"{self.steps} mask-predict steps (steps), but an image has {config.num_vq_tokens} tokens")
+        phi = PhiConfig(**{**config.phi_config, "vocab_size": config.vocab_size})
+        self.language_model = Phi(phi)
+        self.lm_head = nn.Linear(phi.hidden_size, phi.vocab_size)
+        self.num_image_tokens: int = config.num_vq_tokens  # N: codes an image
+        self.num_codes: int = config.codebook_size  # V
+        self.first_code: int = len(tokenizer)  # id of code 0
+        self.mask_id: int = config.vocab_size - 1
+        self.soi, self.eoi, _, _, self.t2i, self.mmu, *_ = tokenizer.convert_tokens_to_ids(SHOW_O_TOKENS)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """The trunk's input for image codes [B, N], or, differentiably, for one-hots [B, N, V]: [B, N, D]"""
+        if codes.is_floating_point():
+            vectors = self.embed_text(torch.arange(self.num_codes, device=codes.device) + self.first_code)  # [V, D]
+            return codes.to(vectors.dtype) @ vectors
+        return self.embed_text(codes + self.first_code)
+
+    def generation_head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of the image codes, from hidden states [..., D]: the head's columns for these."""
+        codes = slice(self.first_code, self.first_code + self.num_codes)
+        return F.linear(hidden, self.lm_head.weight[codes], self.lm_head.bias[codes])
+
+    def see(self, codes: Tensor) -> Tensor:
+        """What understanding is given of an image of codes [B, N] or one-hots [B, N, V]: these themselves."""
+        return codes
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Pixels [1, 3, H, W] of a picture, its shorter side resized to the model's square and the rest cut off."""
+        side = math.isqrt(self.num_image_tokens) * self.vqmodel.stride
+        pixels = torch.from_numpy(np.array(ImageOps.fit(image, (side, side), Image.BICUBIC)))  # [H, W, 3]
+        return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+    def conditional_weight(self, guidance: float) -> float:
+        """c of the guided logits l_uncond + c (l_cond - l_uncond), which is (1 + w) l_cond - w l_uncond."""
+        return 1 + guidance
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def generation_prompt(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, P] of prompts to draw. Raises UserError where one is longer than the text window; the
+        published code cuts it off without a word."""
+        bos, eos, window = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.config.max_seq_length
+        rows = [[self.t2i, bos, *self.encode(prompt), eos] for prompt in prompts]
+        for row, prompt in zip(rows, prompts):
+            if len(row) > window + 1:
+                raise UserError(f"the prompt {prompt[:40]!r}... has {len(row) - 1} tokens with its begin and end, and "
+                                f"this Show-o's text window {window}")
+        return self.left_pad(rows)
+
+    def unconditional(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, P] of the guidance's other branch: the empty prompt in place of every prompt."""
+        row, _ = self.generation_prompt([""])  # [1, 3]
+        missing = ids.shape[1] - row.shape[1]
+        ids = F.pad(row, (missing, 0), value=self.tokenizer.pad_token_id).expand(len(ids), -1)
+        return ids, (torch.arange(ids.shape[1], device=ids.device) >= missing).expand(len(ids), -1)
+
+    def embed_canvas(self, codes: Tensor, known: Tensor) -> Tensor:
+        """Trunk input [B, N + 2, D] of partly masked images: <|soi|>, codes [B, N] where `known` [B, N] and else the
+        mask, <|eoi|>."""
+        ids = (codes + self.first_code).where(known, self.mask_id)
+        return self.embed_text(F.pad(F.pad(ids, (1, 0), value=self.soi), (0, 1), value=self.eoi))
+
+    def canvas_hidden(self, ids: Tensor, mask: Tensor, codes: Tensor, known: Tensor) -> Tensor:
+        """Hidden states [B, N, D] that predict every code of partly masked images of prompts [B, P], in one pass."""
+        x = torch.cat((self.embed_text(ids), self.embed_canvas(codes, known)), dim=1)  # [B, P + N + 2, D]
+        image = codes.shape[1] + 2
+        positions = positions_of(F.pad(mask, (0, image), value=True))
+        hidden = self.language_model(x, positions, generation_mask(mask, image))
+        return hidden[:, 1 - image : -1]
+
+    def question_prompt(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, Q] of questions about one image each; where its codes go stand masks."""
+        image = [self.mmu, self.soi, *[self.mask_id] * self.num_image_tokens, self.eoi]
+        begin = self.tokenizer.bos_token_id
+        return self.left_pad([[*image, begin, *self.encode(f"USER: \n{text} ASSISTANT:")] for text in questions])
+
+    def question_mask(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Attention mask [B, 1, T, T] of questions and answers with ids and mask [B, T]: causal, but for everything up
+        to the end of the image, which every token sees."""
+        end = (ids == self.eoi).int()
+        image = mask & (end.cumsum(1) == end)  # up to the first <|eoi|>
+        return causal(mask) | (image[:, None, :] & mask[:, :, None])[:, None]
+
+    def embed_question(self, ids: Tensor, image: Tensor) -> Tensor:
+        """Trunk input [B, Q, D] for `question_prompt`'s ids, with the image in its place: codes [B, N], one-hots
+        [B, N, V] or pixels [B, 3, H, W]."""
+        codes = self.vqmodel.encode(image.to(self.dtype)) if image.dim() == 4 else image
+        x = self.embed_text(ids)
+        return x.masked_scatter((ids == self.mask_id)[..., None], self.embed_codes(codes).to(x.dtype))
+
+
+def generation_mask(mask: Tensor, image: int) -> Tensor:
+    """Attention mask [B, 1, P + M, P + M] of prompts with mask [B, P] and M = `image` tokens: text is causal, the image
+    sees its prompt and all of itself."""
+    look = F.pad(causal(mask), (0, image))  # text does not see the image
+    rows = F.pad(mask, (0, image), value=True)[:, None, None].expand(-1, -1, image, -1)
+    return torch.cat((look, rows), dim=2)
+
+
+def frozen_copy(model: UnifiedModel) -> UnifiedModel:
     """A copy of the whole model that never learns. The KL is to what it thinks through its *own* embeddings, aligners
-    and heads; parts that do not learn in the model either are shared, to save memory."""
-    parts = (model.vision_model, model.vqmodel)
-    same = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
-    shared = {id(part): part for part in (*same, model.processor, model.tokenizer, model.config)}
+    and heads; what does not learn in the model either is shared, to save memory."""
+    parts = [part for part in model.children() if not any(weight.requires_grad for weight in part.parameters())]
+    shared = {id(part): part for part in (*parts, getattr(model, "processor", None), model.tokenizer, model.config)}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
@@ -689,7 +1041,7 @@ def read_json(path: Path) -> dict:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder: safetensors before .bin, sharded (by its index) or not, nothing unpickled
     but tensors. Raises UserError where a file is missing or damaged."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    for single in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.exists():
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -711,19 +1063,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"{folder}: holds no model.safetensors, pytorch_model.bin or their index")
 
 
-def find_folder(name: str) -> Path:
-    """The local folder for `--model NAME`: a folder, a name of NAMES, or a hub id (downloaded, with progress)."""
+def find_folder(name: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.bin", "*.jinja")) -> Path:
+    """The local folder for `--model NAME`: a folder, a name of NAMES, or a hub id (its `files` downloaded, with
+    progress)."""
     target = NAMES.get(name, name)
     folder = Path(target)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{folder}: has no config.json; --model takes a Janus checkpoint's folder, in the "
-                            "transformers or the DeepSeek layout")
+                            "transformers or the DeepSeek layout, or a Show-o's")
         return folder
     if folder.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", target):
         raise UserError(f"unknown model {name!r}: give one of {', '.join(NAMES)}, a hub id (owner/name), or a folder")
     try:
-        return Path(snapshot_download(target, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.jinja"]))
+        return Path(snapshot_download(target, allow_patterns=list(files)))
     except Exception as error:  # offline, no such repository, no access: the hub client has a dozen classes for these
         raise UserError(
             f"cannot download {target} from the hub ({type(error).__name__}); download it elsewhere and give its "
@@ -778,8 +1131,9 @@ def read_processor(folder: Path, config: JanusConfig) -> JanusProcessor:
     )
 
 
-def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Janus:
-    """A Janus from a name of NAMES, a hub id or a folder, in the transformers or the original DeepSeek layout.
+def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> UnifiedModel:
+    """A model from a name of NAMES, a hub id or a folder: a Janus in the transformers or the original DeepSeek layout,
+    or a Show-o in its own.
 
     Every tensor of the checkpoint must be used, and every tensor of the model be there with its shape.
 
@@ -789,8 +1143,15 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     folder = find_folder(name)
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
+    if "num_vq_tokens" in settings:
+        return load_show_o(folder, settings, device, dtype)
     if kind not in ("janus", "multi_modality"):
-        raise UserError(f"{folder}: model_type {kind!r} is not a Janus ('janus' or 'multi_modality')")
+        raise UserError(f"{folder}: model_type {kind!r} is not a Janus ('janus' or 'multi_modality'), nor a Show-o")
+    return load_janus(folder, settings, device, dtype)
+
+
+def load_janus(folder: Path, settings: dict, device: str | torch.device, dtype: torch.dtype) -> Janus:
+    kind = settings["model_type"]
     tensors = read_tensors(folder)
     try:
         if kind == "multi_modality":
@@ -817,9 +1178,105 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     return model.eval()
 
 
+SHOW_O_NAMES = (  # its names -> this module's, by their beginnings; SHOW_O_UNUSED: a tensor that Show-o never uses
+    ("showo.model.final_layernorm.", "language_model.norm."),
+    ("showo.model.", "language_model."),
+    ("showo.lm_head.", "lm_head."),
+)
+SHOW_O_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # recomputed
+
+
+def rename(name: str, table: Sequence[tuple[str, str]]) -> str:
+    """The name with the first beginning that the table knows replaced."""
+    for old, new in table:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype: torch.dtype) -> ShowO:
+    """The text tokenizer and MAGVIT-v2 come from the folder and its `magvitv2/`, or else, as the published code has it,
+    from the hub."""
+    if settings.get("w_clip_vit"):
+        raise UserError(f"{folder}: this Show-o looks at images through CLIP (w_clip_vit), which is not supported")
+    read = read_tensors(folder)
+    tensors = {rename(name, SHOW_O_NAMES): tensor for name, tensor in read.items() if not SHOW_O_UNUSED.fullmatch(name)}
+    try:
+        tokenizer = read_show_o_tokenizer(folder, {**SHOW_O, **settings})
+        vqmodel = load_magvit(magvit_folder(folder))
+        if 2**vqmodel.bits != settings["codebook_size"]:
+            raise UserError(f"{folder}: {settings['codebook_size']} codes, but its image tokenizer has {2**vqmodel.bits}")
+        with torch.device("meta"):
+            model = ShowO(settings, tokenizer, vqmodel)
+    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder}/config.json: not a Show-o configuration ({reason})") from None
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vqmodel.")}
+    check_tensors(folder, expected, tensors)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True)
+    return model.to(device, dtype).eval()
+
+
+def magvit_folder(folder: Path) -> Path:
+    """Where the image tokenizer of the Show-o in `folder` is."""
+    if (folder / "magvitv2").is_dir():
+        return folder / "magvitv2"
+    try:
+        return find_folder("showlab/magvitv2")
+    except UserError as error:
+        raise UserError(f"{folder}: has no image tokenizer; give it a folder magvitv2, or let it come from the hub "
+                        f"({error})") from None
+
+
+MAGVIT_UNUSED = ("quantize.embedding", "quantize.power_vals")  # the codes' bits, written out
+
+
+def load_magvit(folder: Path) -> MAGVITv2:
+    """The image tokenizer in `folder`, of the published sizes unless its config.json says otherwise."""
+    try:
+        model = MAGVITv2(read_json(folder / "config.json"))
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{folder}/config.json: not a MAGVIT-v2 configuration ({error})") from None
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name not in MAGVIT_UNUSED}
+    check_tensors(folder, model.state_dict(), tensors)
+    model.load_state_dict(tensors)
+    return model
+
+
+def save_magvit(model: MAGVITv2, folder: Path) -> None:
+    """In the published layout, with the sizes in config.json."""
+    (folder / "config.json").write_text(json.dumps({"_class_name": "MAGVITv2", **model.settings}, indent=2) + "\n")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def read_show_o_tokenizer(folder: Path, settings: dict) -> PreTrainedTokenizerFast:
+    """The text tokenizer with [PAD] and SHOW_O_TOKENS, which get the ids after its own unless it has them."""
+    source = folder
+    if not (folder / "tokenizer.json").exists():
+        try:
+            source = find_folder(settings["llm_model_path"], ["*.json"])
+        except UserError as error:
+            raise UserError(f"{folder}: has no tokenizer.json, and cannot take another ({error})") from None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.add_tokens(list(SHOW_O_TOKENS), special_tokens=True)
+    except Exception as error:  # the Rust library has no classes for these
+        raise UserError(f"{source}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+    for name in ("bos_token", "eos_token"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"{source}: the tokenizer has no {name}")
+    rows = settings["vocab_size"]
+    if len(tokenizer) + settings["codebook_size"] + 1 != rows:
+        raise UserError(f"{source}: {len(tokenizer)} text and special tokens, {settings['codebook_size']} codes and a "
+                        f"mask are not the {rows} rows of the embedding")
+    return tokenizer
+
+
 def check_tensors(folder: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Raises UserError naming the first missing, unexpected or wrongly shaped tensor."""
-    for what, names in {"missing": expected.keys() - found, "not one of Janus'": found.keys() - expected}.items():
+    for what, names in {"missing": expected.keys() - found, "not one of the model's": found.keys() - expected}.items():
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{folder}: tensor {min(names)!r} is {what}{more}")
@@ -829,19 +1286,32 @@ def check_tensors(folder: Path, expected: dict[str, Tensor], found: dict[str, Te
             raise UserError(f"{folder}: tensor {name!r} has shape {shapes}")
 
 
-def save(model: Janus, folder: str | os.PathLike, extra: dict[str, dict] | None = None) -> None:
-    """Writes the transformers layout (weights in safetensors, sharded above 5 GB; config, tokenizer, processor and
-    generation config) beside `folder` and then renames it, so that `folder` is whole or not there. `extra`: file names
-    and what torch.save puts into them, such as an optimizer's state."""
+def save(model: UnifiedModel, folder: str | os.PathLike, extra: dict[str, dict] | None = None) -> None:
+    """Writes the model beside `folder` and then renames it, so that `folder` is whole or not there: a Janus in the
+    transformers layout, a Show-o in its own. `extra`: file names and what torch.save puts into them, such as an
+    optimizer's state."""
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    (write_janus if isinstance(model, Janus) else write_show_o)(model, temporary)
+    for name, content in (extra or {}).items():
+        torch.save(content, temporary / name)
+    for path in temporary.rglob("*"):  # on the disk before the name says so
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def write_janus(model: Janus, folder: Path) -> None:
+    """Weights in safetensors, sharded above 5 GB; config, tokenizer, processor and generation config."""
     config, tokens = model.config, model.tokenizer
     config.architectures = ["JanusForConditionalGeneration"]
     config.dtype = model.lm_head.weight.dtype
-    config.save_pretrained(temporary)
-    model.processor.save_pretrained(temporary)
+    config.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
     GenerationConfig(
         do_sample=True,
         guidance_scale=model.guidance,
@@ -849,15 +1319,21 @@ def save(model: Janus, folder: str | os.PathLike, extra: dict[str, dict] | None 
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
         generation_kwargs={"boi_token_id": tokens.convert_tokens_to_ids(tokens.boi_token)},
-    ).save_pretrained(temporary)
+    ).save_pretrained(folder)
     tensors = {n if n == "lm_head.weight" else f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    save_torch_state_dict(tensors, temporary)
-    for name, content in (extra or {}).items():
-        torch.save(content, temporary / name)
-    for path in temporary.iterdir():  # on the disk before the name says so
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    save_torch_state_dict(tensors, folder)
+
+
+def write_show_o(model: ShowO, folder: Path) -> None:
+    """What Show-o's own class writes and opens, and beside it both tokenizers, so that the folder needs no other."""
+    settings = {"_class_name": "Showo", "w_clip_vit": False, "mask_token_id": model.mask_id, **vars(model.config),
+                "guidance": model.guidance, "steps": model.steps}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    back = [(new, old) for old, new in SHOW_O_NAMES]
+    tensors = {rename(n, back): t.contiguous() for n, t in model.state_dict().items() if not n.startswith("vqmodel.")}
+    save_file(tensors, folder / "pytorch_model.safetensors", metadata={"format": "pt"})  # one file, without an index
+    model.tokenizer.save_pretrained(folder)
+    (folder / "magvitv2").mkdir()
+    save_magvit(model.vqmodel, folder / "magvitv2")

@@ -4,20 +4,25 @@
     python sample.py --image circle.png --question "What is the color of the object?"
     python sample.py "a photo of a bench" --model janus-pro-1b
 
-What is sampled is softmax((l_uncond + w (l_cond - l_uncond)) / T), w the guidance and T the temperature.
-`sample_images` records the log-probability of each code under exactly that distribution; `image_logits` computes the
-same distribution again in one parallel pass, with gradient. A test holds the two together for every w, T and padding.
+What is sampled is softmax((l_uncond + w (l_cond - l_uncond)) / T), w the guidance and T the temperature; for a Show-o
+softmax(((1 + w) l_cond - w l_uncond) / T), which is the same with 1 + w. `sample_images` records the log-probability of
+each code under exactly that distribution; `image_logits` computes the same distribution again, with gradient. A test
+holds the two together for every w, T and padding.
+
+A Janus draws code after code. A Show-o starts from masks and draws all codes at once, keeps those that it is surest of,
+and again, for some tens of steps; a code's probability is that of the step that kept it, given what was kept before.
 
 Each image has a seed, from which come its uniform numbers, one a token: the same seed gives the same image whatever
 else is in the batch. The token is where the cumulative sum of the softmax passes the uniform number.
 """
 
 import argparse
+import math
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +33,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import NAMES, Cache, Janus, UserError, load, widen
+from model import NAMES, Cache, Janus, ShowO, UnifiedModel, UserError, causal, load, positions_of, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hot path: one step of the trunk, one draw
@@ -78,7 +83,33 @@ def step_image(
 compiled_step_image = torch.compile(step_image, dynamic=False)
 
 
-IMAGE, ANSWER, NOISE = range(3)  # what an image's seed is used for, each with random numbers of its own
+def step_canvas(
+    model: ShowO, cache: Cache, codes: Tensor, known: Tensor, slots: Tensor, positions: Tensor, look: Tensor,
+    uniforms: Tensor, noise: Tensor, masked: Tensor, guidance: Tensor, temperature: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of mask-predict: from codes [B, N], those `known` [B, N], to codes, their log-probabilities, and which
+    of them are now committed, all [B, N]. (MaskGIT; models/modeling_showo.py and sampling.py of showlab/Show-o.)
+
+    Args:
+        slots, positions, look: cache columns [N + 2], rotary positions [R, N + 2] and attention mask [R, 1, 1, S].
+        uniforms: [B, 2, N], for the codes and for the Gumbel noise on their confidence.
+        noise, masked: how much of that noise, and how many codes stay masked, the least confident.
+    """
+    x = model.embed_canvas(codes, known).repeat(len(look) // len(codes), 1, 1)  # [R, N + 2, D]
+    hidden = model.language_model(x, positions, look.expand(-1, -1, x.shape[1], -1), cache, slots)[:, 1:-1]
+    logits = model.generation_head(hidden)  # [R, N, V]
+    cond, uncond = logits.chunk(2) if len(look) == 2 * len(codes) else (logits, None)
+    drawn, logprobs = draw(guide(cond, uncond, guidance, temperature).flatten(0, 1), uniforms[:, 0].flatten())
+    drawn, logprobs = drawn.view_as(codes), logprobs.view_as(codes)
+    confidence = logprobs - noise * (-uniforms[:, 1].log()).log()
+    rank = confidence.masked_fill(known, float("inf")).argsort(dim=1, stable=True).argsort(1)  # 0: the least confident
+    return drawn, logprobs, ~known & (rank >= masked)
+
+
+compiled_step_canvas = torch.compile(step_canvas, dynamic=False)
+
+
+IMAGE, ANSWER, NOISE, REPLAY = 0, 1, 2, 2**63  # what an image's seed is used for, each with numbers of its own
 
 
 def generator(seed: int, use: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -91,24 +122,12 @@ def uniform_numbers(seeds: Sequence[int], use: int, count: int, device: torch.de
     return torch.stack([torch.rand(count, generator=generator(seed, use)) for seed in seeds]).to(device)
 
 
-def causal(mask: Tensor) -> Tensor:
-    """Attention mask [B, 1, T, T] of left-padded rows with mask [B, T]: every token sees itself and what stands before
-    it, but no padding. (Padding sees itself, because a softmax over nothing is not a number.)"""
-    T = mask.shape[1]
-    look = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
-    return (look | torch.eye(T, dtype=torch.bool, device=mask.device))[:, None]
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """Rotary positions [B, T], counted from each row's first real token."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def prefill(model: Janus, x: Tensor, mask: Tensor, length: int) -> tuple[Cache, Tensor]:
-    """Runs x [R, P, D] through the trunk into a new cache of `length` columns; also the last hidden states [R, D]."""
+def prefill(model: UnifiedModel, x: Tensor, mask: Tensor, look: Tensor, length: int) -> tuple[Cache, Tensor]:
+    """Runs x [R, P, D] through the trunk, with attention mask `look` [R, 1, P, P], into a new cache of `length`
+    columns; also the last hidden states [R, D]."""
     R, P = mask.shape
     cache = model.language_model.new_cache(R, length)
-    look = F.pad(causal(mask), (0, length - P))  # nothing sees the columns still to come
+    look = F.pad(look, (0, length - P))  # nothing sees the columns still to come
     hidden = model.language_model(x, positions_of(mask), look, cache, torch.arange(P, device=x.device))
     return cache, hidden[:, -1]
 
@@ -125,59 +144,185 @@ class Images:
     logprobs: Tensor  # [B, N], of the guided and tempered distribution
     ids: Tensor  # [B, P], the prompts
     mask: Tensor  # [B, P], False on padding
+    steps: Tensor | None = None  # [B, N], when each code was drawn: its place, or the mask-predict step that kept it
+    replay: Tensor | None = None  # [B, K], the mask-predict steps whose codes are scored (None: all)
+    weights: Tensor | None = None  # [B, N], how much each code counts in a mean; 0 where it is not scored
+
+    def __post_init__(self):
+        if self.weights is None:
+            self.weights = torch.ones_like(self.codes, dtype=torch.float32)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Log-probabilities [B, N] of the codes under logits [B, N, V], and 0 for those that are not scored."""
+        return token_logprobs(logits, self.codes) * (self.weights > 0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each image's codes: [B, N] -> [B], without bias where only a random part of them is scored."""
+        return (values * self.weights).mean(1)
 
 
 @torch.no_grad()
 def sample_images(
-    model: Janus, prompts: Sequence[str], seeds: Sequence[int], guidance: float = 5.0, temperature: float = 1.0,
+    model: UnifiedModel, prompts: Sequence[str], seeds: Sequence[int], guidance: float = 5.0, temperature: float = 1.0,
     compiled: bool = True,
 ) -> Images:
-    """An image for every prompt, from the seed of the same index. Without guidance (w = 1) the unconditional branch
-    cancels out and is not computed."""
+    """An image for every prompt, from the seed of the same index. Without guidance (where the conditional branch weighs
+    1) the unconditional branch cancels out and is not computed."""
     ids, mask = model.generation_prompt(prompts)  # [B, P]
-    rows, visible = ids, mask  # [R, P]
-    if guidance != 1:
-        rows, visible = torch.cat((ids, model.unconditional(ids, mask))), mask.repeat(2, 1)
+    rows, visible, weight = ids, mask, model.conditional_weight(guidance)  # [R, P]
+    if weight != 1:
+        rows, visible = (torch.cat(pair) for pair in zip((ids, mask), model.unconditional(ids, mask)))
+    w, T = torch.tensor(float(weight), device=model.device), torch.tensor(temperature, device=model.device)
+    draw_all = mask_predict if isinstance(model, ShowO) else draw_in_order
+    codes, logprobs, steps = draw_all(model, rows, visible, seeds, w, T, compiled)
+    return Images(codes, logprobs, ids, mask, steps)
+
+
+def draw_in_order(
+    model: Janus, ids: Tensor, visible: Tensor, seeds: Sequence[int], guidance: Tensor, temperature: Tensor,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Code after code of prompts [R, P] (R = B, or 2 B with guidance's other branch below them): codes, their
+    log-probs, and when each was drawn, all [B, N]."""
     N, P = model.num_image_tokens, ids.shape[1]
     uniforms = uniform_numbers(seeds, IMAGE, N, model.device)  # [B, N]
-    w, T = torch.tensor(guidance, device=model.device), torch.tensor(temperature, device=model.device)
     length = -(-(P + N - 1) // 32) * 32  # the last code is never fed back; rounded up, or every P is compiled anew
-    cache, hidden = prefill(model, model.embed_text(rows), visible, length)
-    code, logprob = draw_code(model, hidden, uniforms[:, 0], w, T)
+    cache, hidden = prefill(model, model.embed_text(ids), visible, causal(visible), length)
+    code, logprob = draw_code(model, hidden, uniforms[:, 0], guidance, temperature)
     codes, logprobs = [code], [logprob]
     position = visible.sum(1, keepdim=True)  # [R, 1]
     visible = F.pad(visible, (0, length - P), value=True)  # [R, S]
     step = compiled_step_image if compiled else step_image
     for n in range(N - 1):
         slot = torch.tensor([P + n], device=model.device)
-        code, logprob = step(model, cache, code, slot, position + n, visible, uniforms[:, n + 1], w, T)
+        code, logprob = step(
+            model, cache, code, slot, position + n, visible, uniforms[:, n + 1], guidance, temperature
+        )
         codes.append(code)
         logprobs.append(logprob)
-    return Images(torch.stack(codes, 1), torch.stack(logprobs, 1), ids, mask)
+    codes = torch.stack(codes, 1)
+    return codes, torch.stack(logprobs, 1), torch.arange(N, device=codes.device).repeat(len(codes), 1)
+
+
+def mask_schedule(tokens: int, steps: int) -> list[int]:
+    """How many of an image's tokens are still masked after each step of mask-predict: the cosine schedule, in float32
+    as published, and at least one token a step. Raises UserError where there are more steps than tokens."""
+    if not 0 < steps <= tokens:
+        raise UserError(f"{steps} mask-predict steps: an image has {tokens} tokens, and a step commits at least one")
+    masked, left = tokens, []
+    for step in range(1, steps):
+        masked = max(1, min(masked - 1, int(tokens * torch.cos(torch.tensor(step / steps) * math.pi * 0.5))))
+        left.append(masked)
+    return [*left, 0]
+
+
+def use_draw_steps(model: UnifiedModel, steps: int | None) -> None:
+    """Makes the model draw with this many mask-predict steps, unless None."""
+    if steps is not None:
+        if model.steps is None:
+            raise UserError("--draw-steps has no meaning for a Janus, which draws one token after the other")
+        mask_schedule(model.num_image_tokens, steps)  # refuses too many
+        model.steps = steps
+
+
+def mask_predict(
+    model: ShowO, ids: Tensor, visible: Tensor, seeds: Sequence[int], guidance: Tensor, temperature: Tensor,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`model.steps` steps from all masks to an image of prompts [R, P], whose keys and values are computed once, as
+    text does not see the image. Codes, their log-probs, and the step that committed each, all [B, N].
+
+    The noise on the confidence is as published: multiplied by (1 - share of steps done) at *every* step, so that it
+    dies much sooner than the linear fall that the published comment suggests.
+    """
+    B, N, P, S = len(seeds), model.num_image_tokens, ids.shape[1], model.steps
+    device, image = model.device, N + 2  # with <|soi|> and <|eoi|>
+    uniforms = uniform_numbers(seeds, IMAGE, S * 2 * N, device).view(B, S, 2, N)
+    length = -(-(P + image) // 32) * 32  # rounded up, or every P is compiled anew
+    cache, _ = prefill(model, model.embed_text(ids), visible, causal(visible), length)
+    slots = torch.arange(P, P + image, device=device)
+    positions = visible.sum(1, keepdim=True) + torch.arange(image, device=device)  # [R, N + 2]
+    look = F.pad(F.pad(visible, (0, image), value=True), (0, length - P - image))[:, None, None]  # [R, 1, 1, S]
+    codes, steps = torch.zeros(2, B, N, dtype=torch.long, device=device)
+    known, logprobs, noise = torch.zeros_like(codes, dtype=torch.bool), torch.zeros(B, N, device=device), 1.0
+    step_once = compiled_step_canvas if compiled else step_canvas
+    for step, masked in enumerate(mask_schedule(N, S)):
+        noise *= 1 - (step + 1) / S
+        drawn, scores, commit = step_once(
+            model, cache, codes, known, slots, positions, look, uniforms[:, step], torch.tensor(noise, device=device),
+            torch.tensor(masked, device=device), guidance, temperature,
+        )
+        codes, logprobs = drawn.where(commit, codes), scores.where(commit, logprobs)
+        steps, known = steps.masked_fill(commit, step), known | commit
+    return codes, logprobs, steps
 
 
 def image_logits(
-    model: Janus, images: Images, guidance: float, temperature: float, mode: str = "guided"
+    model: UnifiedModel, images: Images, guidance: float, temperature: float, mode: str = "guided"
 ) -> Tensor:
-    """The logits [B, N, V] that each code of `images` was drawn from, in one teacher-forced pass with gradient.
+    """The logits [B, N, V] that each code of `images` was drawn from, with gradient: in one teacher-forced pass for a
+    Janus, in one pass for each step that is replayed for a Show-o.
 
     mode: "guided", the distribution that is sampled; "detached", the same without gradient through the unconditional
-    branch; "conditional", the prompt's branch alone, which is *not* what is sampled unless guidance is 1, but is what
-    published Janus trainers score.
+    branch; "conditional", the prompt's branch alone, which is *not* what is sampled unless the unconditional branch
+    cancels out, but is what published Janus trainers score.
     """
-
-    def branch(ids: Tensor) -> Tensor:
-        x = torch.cat((model.embed_text(ids), model.embed_codes(images.codes[:, :-1])), dim=1)  # [B, P + N - 1, D]
-        mask = F.pad(images.mask, (0, images.codes.shape[1] - 1), value=True)
-        hidden = model.language_model(x, positions_of(mask), causal(mask))
-        # The begin-of-image tag, the last of the prompt's P tokens, predicts the first code.
-        return model.generation_head(hidden[:, ids.shape[1] - 1 :])  # [B, N, V]
-
-    uncond = None
-    if mode != "conditional" and guidance != 1:
+    branch = replayed_logits if isinstance(model, ShowO) else forced_logits
+    uncond, weight = None, model.conditional_weight(guidance)
+    if mode != "conditional" and weight != 1:
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode == "guided"):
-            uncond = branch(model.unconditional(images.ids, images.mask))
-    return guide(branch(images.ids), uncond, guidance, temperature)
+            uncond = branch(model, images, *model.unconditional(images.ids, images.mask))
+    return guide(branch(model, images, images.ids, images.mask), uncond, weight, temperature)
+
+
+def forced_logits(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits [B, N, V] of all codes after prompts [B, P], each given those before it."""
+    x = torch.cat((model.embed_text(ids), model.embed_codes(images.codes[:, :-1])), dim=1)  # [B, P + N - 1, D]
+    mask = F.pad(mask, (0, images.codes.shape[1] - 1), value=True)
+    hidden = model.language_model(x, positions_of(mask), causal(mask))
+    # The begin-of-image tag, the last of the prompt's P tokens, predicts the first code.
+    return model.generation_head(hidden[:, ids.shape[1] - 1 :])
+
+
+def replayed_logits(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits [B, N, V] of each code that is scored, after prompts [B, P], given the codes that were committed before
+    it. Which step commits which code is taken as given."""
+    codes, steps, hidden = images.codes, images.steps, 0.0
+    everything = torch.arange(model.steps, device=codes.device).expand(len(codes), -1)
+    for step in (everything if images.replay is None else images.replay).T:  # [B], an image's own
+        now = model.canvas_hidden(ids, mask, codes, steps < step[:, None])
+        hidden = now.where((steps == step[:, None])[..., None], hidden)
+    return model.generation_head(hidden)
+
+
+@torch.no_grad()
+def choose_scored(
+    model: UnifiedModel, images: Images, seeds: Sequence[int], estimator: str, count: int | None, *scoring
+) -> Images:
+    """The same images, with the choice of what is scored of a masked-diffusion trajectory. A Janus' stay as they are.
+
+    - "replay": each code given the canvas of the step that committed it; all steps, or `count` random ones of each
+      image, whose codes then count (all steps) / count times. The mean over these subsets is that over all steps.
+    - "remask": each image's codes are masked anew at random, as many as in Show-o's pretraining (a share cos(pi/2 u) of
+      them, u uniform), and scored all at once given the others: one pass, of a distribution they were not sampled from.
+      Their old log-probs are then `model`'s, scored by image_logits(model, images, *scoring) with these very masks
+      (left out without `scoring`).
+    """
+    if model.steps is None:
+        return images
+    N, S = images.codes.shape[1], model.steps
+    if estimator != "remask":
+        if count is None or count == S:
+            return images
+        order = uniform_numbers(seeds, REPLAY, S, model.device).argsort(1)  # [B, S]
+        replay = order[:, :count]
+        weights = S / count * (images.steps[..., None] == replay[:, None]).any(-1)
+        return replace(images, replay=replay, weights=weights, logprobs=images.logprobs * (weights > 0))
+    uniforms = uniform_numbers(seeds, REPLAY, N + 1, model.device)
+    masked = (N * torch.cos(math.pi / 2 * uniforms[:, :1])).ceil().clamp(1, N)  # [B, 1]
+    steps = (uniforms[:, 1:].argsort(1).argsort(1) < masked).long()  # step 1 scores what is masked, given the rest
+    images = replace(images, steps=steps, replay=torch.ones_like(steps[:, :1]), weights=steps * N / masked)
+    return replace(images, logprobs=images.score(image_logits(model, images, *scoring))) if scoring else images
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -197,19 +342,23 @@ def trajectory_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(1) / mask.sum(1)
 
 
-def relaxed_codes(logits: Tensor, codes: Tensor, tau: float, seeds: Sequence[int]) -> Tensor:
+def relaxed_codes(
+    logits: Tensor, codes: Tensor, tau: float, seeds: Sequence[int], weights: Tensor | None = None
+) -> Tensor:
     """Straight-through Gumbel-softmax of an image that has been sampled: exactly its one-hots [B, N, V] going forward,
     softmax((logits + noise) / tau) going backward, the noise being what made these codes win.
 
     Given the arg-max c, the largest perturbed logit m is logsumexp(logits) + Gumbel, and the others are Gumbels cut off
     at m (Maddison et al. 2014; Paulus et al. 2020, "Rao-Blackwellizing the straight-through Gumbel-softmax"). Over
-    sampled codes the noise is plain Gumbel(0, 1) again. Each image's comes from its own seed.
+    sampled codes the noise is plain Gumbel(0, 1) again. Each image's comes from its own seed. The backward pass goes
+    through each code `weights` [B, N] times, so that it has no bias where only a random part of them is replayed.
     """
     with torch.no_grad():
         noise = gumbel_given(widen(logits).detach(), codes, seeds)
     soft = ((widen(logits) + noise) / tau).softmax(-1)
     hard = F.one_hot(codes, logits.shape[-1]).to(soft.dtype)
-    return hard + (soft - soft.detach())  # the bracket is exactly zero
+    bracket = soft - soft.detach()  # exactly zero
+    return hard + (bracket if weights is None else bracket * weights[..., None])
 
 
 def bound_gradient(images: Tensor, norm: float) -> Tensor:
@@ -247,7 +396,9 @@ class Answers:
     logprobs: Tensor  # [B, A], of the tempered distribution (of softmax(logits) where the answer is greedy)
 
 
-def step_answer(model: Janus, cache: Cache, tokens: Tensor, slot: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+def step_answer(
+    model: UnifiedModel, cache: Cache, tokens: Tensor, slot: Tensor, positions: Tensor, visible: Tensor
+) -> Tensor:
     """Feeds the last tokens [B] at cache column `slot` [1]; logits [B, vocabulary] of the next."""
     mask = visible & (torch.arange(visible.shape[1], device=visible.device) <= slot)
     hidden = model.language_model(model.embed_text(tokens[:, None]), positions, mask[:, None, None], cache, slot)
@@ -259,15 +410,17 @@ compiled_step_answer = torch.compile(step_answer, dynamic=False)
 
 @torch.no_grad()
 def sample_answers(
-    model: Janus, pixels: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
+    model: UnifiedModel, image: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
     temperature: float = 1.0, max_tokens: int = 40, compiled: bool = False,
 ) -> Answers:
-    """An answer to each question about the image [B, 3, H, W] of the same index: greedy without seeds, else sampled at
-    `temperature`. Ends at the end-of-sentence token or after `max_tokens`."""
+    """An answer to each question about the image (of `see`, or pixels [B, 3, H, W]) of the same index: greedy without
+    seeds, else sampled at `temperature`. Ends at the end-of-sentence token or after `max_tokens`."""
     ids, mask = model.question_prompt(questions)  # [B, Q]
     Q, end = ids.shape[1], model.tokenizer.eos_token_id
     uniforms = None if seeds is None else uniform_numbers(seeds, ANSWER, max_tokens, model.device)
-    cache, hidden = prefill(model, model.embed_question(ids, pixels), mask, Q + max_tokens)
+    cache, hidden = prefill(
+        model, model.embed_question(ids, image), mask, model.question_mask(ids, mask), Q + max_tokens
+    )
     logits = model.lm_head(hidden)
     position = mask.sum(1, keepdim=True)  # [B, 1]
     visible = F.pad(mask, (0, max_tokens), value=True)
@@ -292,7 +445,7 @@ def sample_answers(
     return Answers(texts, ids, mask, torch.stack(logprobs, 1))
 
 
-def encode_answers(model: Janus, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def encode_answers(model: UnifiedModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Known answers as token ids [B, A], right-padded, each ended by the end-of-sentence token, and their mask."""
     tokens = model.tokenizer
     # A reply starts with a space after the colon of the assistant's tag, as in the original's conversations.
@@ -303,12 +456,13 @@ def encode_answers(model: Janus, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(longest, device=model.device) < lengths[:, None]
 
 
-def answer_logits(model: Janus, pixels: Tensor, questions: Sequence[str], answers: Tensor) -> Tensor:
-    """Logits [B, A, vocabulary] of the answers' tokens [B, A], teacher-forced, with gradient also into pixels."""
+def answer_logits(model: UnifiedModel, image: Tensor, questions: Sequence[str], answers: Tensor) -> Tensor:
+    """Logits [B, A, vocabulary] of the answers' tokens [B, A], teacher-forced, with gradient also into the image."""
     ids, mask = model.question_prompt(questions)  # [B, Q]
-    x = torch.cat((model.embed_question(ids, pixels), model.embed_text(answers[:, :-1])), dim=1)  # [B, Q + A - 1, D]
+    x = torch.cat((model.embed_question(ids, image), model.embed_text(answers[:, :-1])), dim=1)  # [B, Q + A - 1, D]
     mask = F.pad(mask, (0, answers.shape[1] - 1), value=True)  # padding on the right is seen only by itself
-    hidden = model.language_model(x, positions_of(mask), causal(mask))
+    look = model.question_mask(torch.cat((ids, answers[:, :-1]), dim=1), mask)
+    hidden = model.language_model(x, positions_of(mask), look)
     return model.lm_head(hidden[:, ids.shape[1] - 1 :])  # the last prompt token predicts the first answer token
 
 
@@ -326,16 +480,15 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_image(model: Janus, path: str) -> Tensor:
-    """Pixels [1, 3, H, W] of an image file, resized and padded to the model's square."""
+def read_image(model: UnifiedModel, path: str) -> Tensor:
+    """Pixels [1, 3, H, W] of an image file, made the model's square."""
     try:
         image = Image.open(path).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})") from None
-    pixels = model.processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
-    return pixels.to(model.device).flatten(0, -4)  # [1, 3, H, W]
+    return model.preprocess(image).to(model.device)
 
 
 def contact_sheet(images: np.ndarray, captions: Sequence[str], path: str | Path, columns: int = 6) -> None:
@@ -421,6 +574,7 @@ def main() -> None:
     parser.add_argument("--seed", type=non_negative(int), default=0, help="of the first image; the next has the next")
     parser.add_argument("--guidance", type=non_negative(float), default=None, help="default: the checkpoint's")
     parser.add_argument("--temperature", type=positive(float), default=1.0)
+    parser.add_argument("--draw-steps", type=positive(int), help="of mask-predict, Show-o's; default: the checkpoint's")
     parser.add_argument("--out", default="samples.png", help="where the pictures go (default: samples.png)")
     parser.add_argument("--image", help="a picture to ask about")
     parser.add_argument("--question", help="what to ask")
@@ -432,8 +586,9 @@ def main() -> None:
         parser.error(f"--out {args.out}: give a name that ends in .png or .jpg")
     device = pick_device()
     model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    use_draw_steps(model, args.draw_steps)
     if args.image:
-        print(sample_answers(model, read_image(model, args.image).to(model.dtype), [args.question]).texts[0])
+        print(sample_answers(model, read_image(model, args.image), [args.question]).texts[0])
         return
     seeds = range(args.seed, args.seed + args.n)
     if not args.no_compile:

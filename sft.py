@@ -53,15 +53,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import evaluate, world_of
-from model import NAMES, PARTS, Janus, UserError, frozen_copy, load, save
+from model import NAMES, PARTS, UnifiedModel, UserError, frozen_copy, load, save
 from reward import Task, draw_task, score, task_key
 from sample import (
-    Answers, Images, answer_logits, bound_gradient, encode_answers, image_logits, k3, non_negative, positive,
-    relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
+    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, k3, non_negative,
+    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
 )
 from training import (
-    contact_sheet_of, fill_in, finish, gather, learning_rate, load_optimizer, mean_rewards, open_run, peak_memory, resumed,
-    score_before, stop_unless_finite, update,
+    contact_sheet_of, fill_in, finish, gather, learning_rate, load_optimizer, mean_rewards, open_run, peak_memory,
+    resumed, score_before, stop_unless_finite, update,
 )
 
 MODES = ("two-stage", "end-to-end")
@@ -87,7 +87,7 @@ class Rollout:
     tasks: list[Task]
     seeds: list[int]
     images: Images
-    pixels: Tensor  # [B, 3, H, W]
+    seen: Tensor  # what is seen of the images: pixels [B, 3, H, W] by a Janus, codes [B, N] by a Show-o
     answers: Answers  # greedy
 
 
@@ -97,59 +97,67 @@ class Kept:
 
     prompt: str
     codes: Tensor  # [N]
+    steps: Tensor  # [N], when each code was drawn
 
 
-def roll_out(policy: Janus, judge: Janus, tasks: list[Task], seeds: list[int], args) -> Rollout:
+def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args) -> Rollout:
     """An image by the policy for every task, and the judge's answer about each image."""
     prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
     images = sample_images(policy, prompts, seeds, args.guidance, args.temperature, not args.no_compile)
+    images = choose_scored(
+        policy, images, seeds, args.estimator, args.replay_steps, args.guidance, args.temperature, args.logprob
+    )
     with torch.no_grad():
-        pixels = policy.to_pixels(images.codes)
-    return Rollout(tasks, seeds, images, pixels, sample_answers(judge, pixels, questions, max_tokens=args.max_tokens))
+        seen = policy.see(images.codes)
+    return Rollout(tasks, seeds, images, seen, sample_answers(judge, seen, questions, max_tokens=args.max_tokens))
 
 
-def answer_loss(model: Janus, rollout: Rollout, pixels: Tensor) -> Tensor:
-    """Cross-entropy [B] of the known answers about pictures [B, 3, H, W], a mean over each answer's tokens."""
+def answer_loss(model: UnifiedModel, rollout: Rollout, seen: Tensor) -> Tensor:
+    """Cross-entropy [B] of the known answers about pictures, a mean over each answer's tokens."""
     ids, mask = encode_answers(model, [task.answer for task in rollout.tasks])
-    logits = answer_logits(model, pixels, [task.question for task in rollout.tasks], ids)
+    logits = answer_logits(model, seen, [task.question for task in rollout.tasks], ids)
     return trajectory_mean(-token_logprobs(logits, ids), mask)
 
 
-def replay_loss(policy: Janus, kept: list[Kept], empty: Tensor, args) -> Tensor:
-    """Cross-entropy [B] of replayed pictures' codes given their prompts, or guidance's empty one where `empty`."""
+def replay_loss(policy: UnifiedModel, kept: list[Kept], empty: Tensor, seeds: list[int], args) -> Tensor:
+    """Cross-entropy [B] of replayed pictures' codes given their prompts, or guidance's empty one where `empty`. The
+    seeds choose what is scored of a Show-o's."""
     ids, mask = policy.generation_prompt([picture.prompt for picture in kept])
-    ids = policy.unconditional(ids, mask).where(empty[:, None], ids)
-    images = Images(torch.stack([picture.codes for picture in kept]), None, ids, mask)
-    logits = image_logits(policy, images, args.guidance, args.temperature, args.logprob)
-    return -token_logprobs(logits, images.codes).mean(1)
+    blank, blank_mask = policy.unconditional(ids, mask)
+    ids, mask = blank.where(empty[:, None], ids), blank_mask.where(empty[:, None], mask)
+    codes, steps = (torch.stack([getattr(picture, name) for picture in kept]) for name in ("codes", "steps"))
+    images = Images(codes, torch.zeros_like(codes), ids, mask, steps)
+    images = choose_scored(policy, images, seeds, args.estimator, args.replay_steps)
+    return -images.mean(images.score(image_logits(policy, images, args.guidance, args.temperature, args.logprob)))
 
 
 def objective(
-    policy: Janus, judge: Janus, reference: Janus, rollout: Rollout, replay: list[Kept], empty: Tensor, args
+    policy: UnifiedModel, judge: UnifiedModel, reference: UnifiedModel, rollout: Rollout, replay: list[Kept],
+    empty: Tensor, args,
 ) -> tuple[Tensor, dict]:
     """The loss summed over these trajectories, and sums over them of what is logged."""
-    codes, sampled = rollout.images.codes, rollout.images.logprobs
-    logits = image_logits(policy, rollout.images, args.guidance, args.temperature, args.logprob)  # [B, N, V]
+    images, sampled = rollout.images, rollout.images.logprobs
+    logits = image_logits(policy, images, args.guidance, args.temperature, args.logprob)  # [B, N, V]
     with torch.no_grad():
-        before = image_logits(reference, rollout.images, args.guidance, args.temperature, args.logprob)
+        before = image_logits(reference, images, args.guidance, args.temperature, args.logprob)
         distribution = logits.log_softmax(-1)
-    logprobs = token_logprobs(logits, codes)  # [B, N]
-    kl = k3(logprobs, token_logprobs(before, codes)).mean(1)
+    logprobs = images.score(logits)  # [B, N]
+    kl = images.mean(k3(logprobs, images.score(before)))
     loss, sums = args.beta * kl, {}
     if args.mode == "end-to-end":
-        relaxed = relaxed_codes(logits, codes, args.tau, rollout.seeds)
-        pixels = policy.to_pixels(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
-        loss = loss + args.image_weight * answer_loss(judge, rollout, pixels)
+        relaxed = relaxed_codes(logits, images.codes, args.tau, rollout.seeds, images.weights)
+        seen = policy.see(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
+        loss = loss + args.image_weight * answer_loss(judge, rollout, seen)
     elif replay:
-        image = replay_loss(policy, replay, empty, args)
+        image = replay_loss(policy, replay, empty, rollout.seeds, args)
         loss, sums["loss_image"] = loss + args.image_weight * image, image.sum()
     with torch.set_grad_enabled(args.answer_weight > 0):
-        answer = answer_loss(policy, rollout, rollout.pixels)
+        answer = answer_loss(policy, rollout, rollout.seen)
     loss = loss + args.answer_weight * answer
     return loss.sum(), {
         "loss": loss.sum(), "loss_answer": answer.sum(), **sums, "kl_image": kl.sum(),
-        "rollout_difference": (logprobs - sampled).abs().mean(1).sum(),
-        "entropy_image": -(distribution.exp() * distribution).sum(-1).mean(1).sum(),
+        "rollout_difference": images.mean((logprobs - sampled).abs()).sum(),
+        "entropy_image": -images.mean((distribution.exp() * distribution).sum(-1)).sum(),
     }
 
 
@@ -183,10 +191,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
     add("--guidance", type=non_negative(float), help="w (default: the checkpoint's)")
     add("--temperature", type=positive(float), default=1.0, help="of image tokens (default: 1)")
+    add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
     add("--max-tokens", type=positive(int), help="of an answer " + both("max_tokens"))
     add = parser.add_argument_group("learning").add_argument
     add("--logprob", choices=["guided", "detached", "conditional"], default="guided",
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
+    add("--estimator", choices=["replay", "remask"],
+        help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
+    add("--replay-steps", type=positive(int), help="random ones that are replayed of a Show-o's (default: all)")
     add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
@@ -201,8 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", choices=["policy", "frozen"],
         help="who answers: the policy or its frozen start (default: frozen end-to-end, whose gradient it passes on)")
     add("--max-grad-norm", type=positive(float), default=1.0, help="(default: 1)")
-    add("--freeze", nargs="*", default=["vision_model", "vqmodel"], choices=PARTS, metavar="PART",
-        help=f"parts that stay as they are, of {', '.join(PARTS)} (default: vision_model vqmodel)")
+    add("--freeze", nargs="*", choices=PARTS, metavar="PART",
+        help=f"parts that stay as they are, of {', '.join(PARTS)} (default: those that it has of vision_model vqmodel)")
     add("--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing " + both("recompute"))
     args = parser.parse_args(argv)
     if args.caption_dropout > 1:
@@ -241,7 +253,7 @@ def main() -> None:
     if start:
         load_optimizer(optimizer, out / f"step_{start:06d}")
         saved = torch.load(out / f"step_{start:06d}" / "buffer.pt", device, weights_only=True)
-        buffer.extend(map(Kept, saved["prompts"], saved["codes"]))
+        buffer.extend(map(Kept, saved["prompts"], saved["codes"], saved["steps"]))
     compute = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda")
     held_out = frozenset(task_key(task) for task in world.suite)
     began, idle, compiled = time.time(), 0, not args.no_compile
@@ -282,8 +294,9 @@ def main() -> None:
         replay = [([], None)] * len(rows)
         if args.mode == "two-stage":
             codes = gather(torch.cat([rollout.images.codes for rollout in rollouts]))  # [prompts * group, N]
+            drawn = gather(torch.cat([rollout.images.steps for rollout in rollouts]))
             right = (rewards == 1).nonzero().flatten().tolist()
-            buffer.extend(Kept(tasks[i].prompt, codes[i]) for i in right)
+            buffer.extend(Kept(tasks[i].prompt, codes[i], drawn[i]) for i in right)
             chosen, dropped = rng.random(len(tasks)), torch.from_numpy(rng.random(len(tasks)) < args.caption_dropout)
             if buffer:
                 again = [buffer[int(place * len(buffer))] for place in chosen]
@@ -292,7 +305,8 @@ def main() -> None:
         # 5. Learn the known answers, and what led to right ones.
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         objectives = [
-            partial(objective, policy, judge, reference, rollout, *part, args) for rollout, part in zip(rollouts, replay)
+            partial(objective, policy, judge, reference, rollout, *part, args)
+            for rollout, part in zip(rollouts, replay)
         ]
         means = update(optimizer, weights, objectives, len(tasks), args.max_grad_norm, compute)
         stop_unless_finite(means, rollouts, out, rank, step)
@@ -313,9 +327,10 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
             bar.set_description(f"sft, self-reward {line['reward']:.2f}")
             if step == 0 or (step + 1) % 25 == 0 or last:
-                contact_sheet_of(rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
+                contact_sheet_of(policy, rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
             if (step + 1) % args.save_every == 0 or last:
-                pictures = {"prompts": [kept.prompt for kept in buffer], "codes": [kept.codes for kept in buffer]}
+                pictures = {"prompts": [kept.prompt for kept in buffer], "codes": [kept.codes for kept in buffer],
+                            "steps": [kept.steps for kept in buffer]}
                 extra = {"optimizer.pt": optimizer.state_dict(), "buffer.pt": pictures}
                 save(policy, out / f"step_{step + 1:06d}", extra)
         idle = idle + 1 if means["grad_norm"] == 0 or args.mode == "two-stage" and not buffer else 0

@@ -10,6 +10,7 @@ plants it and sees it.
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPConfig, CLIPModel, CLIPTokenizer, JanusConfig, JanusForConditionalGeneration, JanusProcessor, Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation, PreTrainedTokenizerFast, SwinConfig,
+    Mask2FormerForUniversalSegmentation, PhiConfig, PhiModel, PreTrainedTokenizerFast, SwinConfig,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -49,7 +50,9 @@ import sample
 import sft
 from evaluate import evaluate, summarize, world_of
 from geneval import Detection, judge, load_detector
-from model import Janus, UserError, chat_template, frozen_copy, load, save
+from model import (
+    SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, chat_template, frozen_copy, generation_mask, load, save,
+)
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
     is_geneval_prompt, make_task, plural, score, task_key,
@@ -599,9 +602,11 @@ def test_unconditional_prompt_keeps_first_and_last_and_padding(janus):
     pad, bos, boi = janus.tokenizer.convert_tokens_to_ids([PAD, BOS, IMAGE_TAGS["boi_token"]])
     ids = torch.tensor([[bos, 21, 22, 23, 24, boi], [pad, pad, bos, 25, 26, boi], [pad, pad, pad, pad, bos, boi]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]).bool()
-    assert janus.unconditional(ids, mask).tolist() == [
+    blank, blank_mask = janus.unconditional(ids, mask)
+    assert blank.tolist() == [
         [bos, pad, pad, pad, pad, boi], [pad, pad, bos, pad, pad, boi], [pad, pad, pad, pad, bos, boi]
     ]
+    assert torch.equal(blank_mask, mask)
 
 
 def test_prompts_are_padded_on_the_left(janus):
@@ -716,15 +721,16 @@ IMAGE_FAULTS = {
         model, "embed_codes", lambda codes, embed=model.embed_codes: embed(codes.roll(1, dims=1))
     ),
     "end of sentence instead of pad": lambda patch, model: patch.setattr(
-        Janus, "unconditional", lambda self, ids, mask, right=Janus.unconditional: right(self, ids, mask).masked_fill(
-            mask & (right(self, ids, mask) == self.tokenizer.pad_token_id), self.tokenizer.eos_token_id)
+        Janus, "unconditional", lambda self, ids, mask, right=Janus.unconditional: (right(self, ids, mask)[0].masked_fill(
+            mask & (right(self, ids, mask)[0] == self.tokenizer.pad_token_id), self.tokenizer.eos_token_id), mask)
     ),
     "unconditional pads hidden": lambda patch, model: patch.setattr(
         sample, "causal", lambda mask, right=sample.causal: right(mask & (mask.cumsum(1) != 2))
     ),
-    "padding is looked at": lambda patch, model: patch.setattr(
-        sample, "causal", lambda mask, right=sample.causal: right(torch.ones_like(mask))
-    ),
+    "padding is looked at": lambda patch, model: [
+        patch.setattr(module, "causal", lambda mask, right=sample.causal: right(torch.ones_like(mask)))
+        for module in (sample, model_module)
+    ],
     "positions doubled": lambda patch, model: patch.setattr(
         sample, "positions_of", lambda mask, right=sample.positions_of: 2 * right(mask)
     ),
@@ -1634,7 +1640,7 @@ def enumerated_policy(monkeypatch):
 def flags(**changes):
     return argparse.Namespace(**{**dict(
         guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2,
-        mode="two-stage", picture_clip=1e9, prompts=1, group=1,
+        mode="two-stage", picture_clip=1e9, prompts=1, group=1, estimator=None, replay_steps=None,
     ), **changes})
 
 
@@ -1934,7 +1940,7 @@ def test_biased_conditional_noise_is_seen(fault):
 def some_rollout(script, model, count=3, guidance=3.0):
     """Fresh images of tiny's prompts, with greedy answers of eight tokens."""
     tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(count)]
-    args = argparse.Namespace(guidance=guidance, temperature=1.0, no_compile=True, max_tokens=8)
+    args = flags(guidance=guidance, no_compile=True, max_tokens=8)
     return script.roll_out(model, model, tasks, list(range(count)), args)
 
 
@@ -1945,39 +1951,43 @@ def test_relaxed_image_is_the_sampled_image_bit_for_bit(tiny):
     for tau in (0.1, 1.0, 5.0):
         relaxed = relaxed_codes(logits, rollout.images.codes, tau, rollout.seeds)
         assert torch.equal(relaxed, F.one_hot(rollout.images.codes, tiny.num_codes).float())
-        assert torch.equal(tiny.to_pixels(relaxed), rollout.pixels)
+        assert torch.equal(tiny.to_pixels(relaxed), rollout.seen)
 
 
 MICRO = dict(image_size=8, patch_size=2, channels=(1, 2), codes=7, layers=1)
 
 
+@pytest.mark.parametrize("kind", ["janus", "show-o"])
 @pytest.mark.parametrize("logprob", ["guided", "detached", "conditional"])
-def test_end_to_end_gradient_equals_finite_differences(logprob):
+def test_end_to_end_gradient_equals_finite_differences(logprob, kind):
     """In float64, along a random direction of each part: the straight-through gradient is the derivative of the answer's
     loss about the image `hard + soft(weights) - soft(here)`, written out here, the noise held fixed."""
-    model = small_janus(**MICRO).double()
+    model = (small_janus(**MICRO) if kind == "janus" else small_show_o(tokens=4, steps=2)).double()
     tasks = [make_task("colors", [{"class": "ring", "count": 1, "color": "red"}])] * 2
     images, seeds, tau = random_images(model, ["a red ring", "a"]), [3, 4], 0.7
+    images.steps = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])  # of the Show-o's four codes
+    scale, unguided = model.conditional_weight(3.0), 1 - model.conditional_weight(0.0)
     rollout = sft.Rollout(tasks, seeds, images, None, None)
     logits = image_logits(model, images, 3.0, 1.0, logprob)
-    loss = sft.answer_loss(model, rollout, model.to_pixels(relaxed_codes(logits, images.codes, tau, seeds))).sum()
+    loss = sft.answer_loss(model, rollout, model.see(relaxed_codes(logits, images.codes, tau, seeds))).sum()
     noise = gumbel_given(logits.detach(), images.codes, seeds)
     hard = F.one_hot(images.codes, model.num_codes)
     here = ((logits.detach() + noise) / tau).softmax(-1)
     # `detached` takes no gradient through the unconditional branch, so there this branch is held where it is.
-    cond = image_logits(model, images, 1.0, 1.0).detach()
-    uncond = (logits.detach() - 3 * cond) / (1 - 3)
+    cond = image_logits(model, images, unguided, 1.0).detach()
+    uncond = (logits.detach() - scale * cond) / (1 - scale)
 
     @torch.no_grad()
     def moved():
         now = image_logits(model, images, 3.0, 1.0, logprob)
         if logprob == "detached":
-            now = uncond + 3 * (image_logits(model, images, 1.0, 1.0) - uncond)
+            now = uncond + scale * (image_logits(model, images, unguided, 1.0) - uncond)
         soft = ((now + noise) / tau).softmax(-1)
-        return sft.answer_loss(model, rollout, model.to_pixels(hard + soft - here)).sum()
+        return sft.answer_loss(model, rollout, model.see(hard + soft - here)).sum()
 
     generator, step = torch.Generator().manual_seed(0), 1e-6
-    parts = [model.generation_head, model.generation_embeddings, model.generation_aligner, model.language_model]
+    names = {"janus": ("generation_head", "generation_embeddings", "generation_aligner"), "show-o": ("lm_head",)}[kind]
+    parts = [getattr(model, name) for name in (*names, "language_model")]
     gradients = [torch.autograd.grad(loss, list(part.parameters()), retain_graph=True) for part in parts]
     for part, grads in zip(parts, gradients):
         weights = list(part.parameters())
@@ -2076,8 +2086,12 @@ def test_expert_iterations_gradient_equals_the_enumerated_one(monkeypatch):
     right = torch.tensor([1.0, 0, 0, 1, 0, 1, 0, 0, 1], dtype=torch.float64)
     exact = torch.autograd.grad(-(probabilities * right).sum() / 2, weights, retain_graph=True)
     prompts = torch.zeros(9, 3, dtype=torch.long)
-    policy = argparse.Namespace(generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda ids, mask: ids)
-    losses = sft.replay_loss(policy, [sft.Kept("", row) for row in codes], torch.zeros(9, dtype=torch.bool), flags())
+    policy = argparse.Namespace(
+        generation_prompt=lambda texts: (prompts, prompts == 0), unconditional=lambda *row: row, steps=None
+    )
+    losses = sft.replay_loss(
+        policy, [sft.Kept("", row, row) for row in codes], torch.zeros(9, dtype=torch.bool), list(range(9)), flags()
+    )
     loss = (losses * (probabilities * right).detach()).sum()
     for mine, true in zip(torch.autograd.grad(loss, weights), exact):
         assert torch.allclose(mine, true, atol=1e-12)
@@ -2086,11 +2100,11 @@ def test_expert_iterations_gradient_equals_the_enumerated_one(monkeypatch):
 def test_dropped_captions_teach_the_unconditional_branch(tiny):
     """A replayed picture whose caption is dropped is scored given guidance's empty prompt."""
     rollout = some_rollout(sft, tiny, 2, guidance=1.0)
-    kept = [sft.Kept(task.prompt, codes) for task, codes in zip(rollout.tasks, rollout.images.codes)]
+    kept = [sft.Kept(task.prompt, codes, codes) for task, codes in zip(rollout.tasks, rollout.images.codes)]
     with torch.no_grad():
-        losses = sft.replay_loss(tiny, kept, torch.tensor([False, True]), flags())
+        losses = sft.replay_loss(tiny, kept, torch.tensor([False, True]), [0, 1], flags())
         blank = copy.copy(rollout.images)
-        blank.ids = tiny.unconditional(blank.ids, blank.mask)
+        blank.ids, blank.mask = tiny.unconditional(blank.ids, blank.mask)
         for images, row in ((rollout.images, 0), (blank, 1)):
             expected = -token_logprobs(image_logits(tiny, images, 1.0, 1.0), images.codes).mean(1)[row]
             assert losses[row].item() == pytest.approx(expected.item(), abs=1e-5)
@@ -2713,3 +2727,796 @@ def test_the_committed_checkpoint_is_a_fair_start(tiny):
     assert scores["understanding"]["ground_truth"] > 0.95
     assert min(scores["understanding"]["ground_truth_by_category"].values()) > 0.9
     assert len(records) == 2 * len(shapes.held_out_tasks())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Show-o: the trunk, masks, layouts, mask-predict and its log-probabilities
+
+PHI = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+class BitPixels(torch.nn.Module):
+    """An image tokenizer of 2-bit codes whose picture is a pixel a code: red and green are its bits, blue is red."""
+
+    BITS = torch.tensor([[-1.0, -1, -1], [-1, 1, -1], [1, -1, 1], [1, 1, 1]])  # [V, 3]
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        pixels = codes @ self.BITS.to(codes) if codes.is_floating_point() else self.BITS[codes]  # [B, N, 3]
+        return pixels.transpose(1, 2).unflatten(2, (math.isqrt(codes.shape[1]), -1))
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        bits = (pixels[:, :2] > 0).long().flatten(2)
+        return 2 * bits[:, 0] + bits[:, 1]
+
+
+def show_o_tokenizer() -> PreTrainedTokenizerFast:
+    """As Phi's, <bos> and <eos> are one token; [PAD] and Show-o's own are the last."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(list(SHOW_O_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def small_show_o(seed: int = 0, codes: int = 4, tokens: int = 9, vqmodel: torch.nn.Module | None = None, **settings) -> ShowO:
+    """Random weights large enough that the logits are far from uniform, so that mistakes show."""
+    tokenizer = show_o_tokenizer()
+    settings = {
+        "vocab_size": len(tokenizer) + codes + 1, "llm_vocab_size": len(tokenizer) - 10, "codebook_size": codes,
+        "num_vq_tokens": tokens, "phi_config": PHI, "max_seq_length": 100, "steps": 5, **settings,
+    }
+    model = ShowO(settings, tokenizer, vqmodel or BitPixels()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+            else:
+                weight.copy_(noise if "embed" in name else noise * weight.shape[1] ** -0.5)
+        model.lm_head.weight.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def show_o():
+    return small_show_o()
+
+
+@pytest.mark.parametrize("kv_heads, rotary", [(4, 0.5), (2, 0.25)])
+def test_phi_trunk_equals_transformers(kv_heads, rotary):
+    """With query/key layer norm; dense and cached, and with a mask that is not causal."""
+    config = PhiConfig(
+        vocab_size=50, **PHI, num_key_value_heads=kv_heads, qk_layernorm=True, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary},
+    )
+    theirs, ours = PhiModel(config).eval(), Phi(copy.deepcopy(config))
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+        ours.load_state_dict({name.replace("final_layernorm", "norm"): t for name, t in theirs.state_dict().items()})
+        ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(7).expand(2, -1)
+        mask = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(1)) < 0.6
+        mask |= torch.eye(7, dtype=torch.bool)
+        bias = torch.zeros(2, 1, 7, 7).masked_fill(~mask, -1e9)
+        hidden = theirs(input_ids=ids, attention_mask=bias, position_ids=positions).last_hidden_state
+        x = ours.embed_tokens(ids)
+        close(ours(x, positions, mask), hidden)
+        assert (hidden - theirs(input_ids=ids).last_hidden_state).abs().max() > 1e-2  # the mask was not ignored
+        look = F.pad(torch.ones(7, 7, dtype=torch.bool).tril(), (0, 2)).expand(2, 1, -1, -1)
+        cache = ours.new_cache(2, 9)
+        parts = [ours(x[:, s], positions[:, s], look[:, :, s], cache, torch.arange(7)[s]) for s in (slice(4), slice(4, 7))]
+        close(torch.cat(parts, 1), theirs(input_ids=ids).last_hidden_state)
+
+
+def test_generation_mask_by_hand():
+    """Two padding, two text and three image tokens: text is causal, the image sees all but the padding."""
+    assert generation_mask(torch.tensor([[False, False, True, True]]), 3)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_understanding_mask_by_hand(show_o):
+    """[PAD] mmu soi code eoi text text: everything up to the first eoi is seen by all, the rest is causal."""
+    pad = show_o.tokenizer.pad_token_id
+    ids = torch.tensor([[pad, show_o.mmu, show_o.soi, show_o.mask_id, show_o.eoi, 30, show_o.eoi]])
+    assert show_o.question_mask(ids, ids != pad)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 1, 0],
+        [0, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_prompts_are_laid_out_as_published(show_o):
+    """As UniversalPrompting.t2i_gen_prompt and inference_mmu.py of showlab/Show-o have them."""
+    tokens = show_o.tokenizer
+    assert show_o.first_code == show_o.config.llm_vocab_size + 10 == tokens.pad_token_id + 10
+    ids, mask = show_o.generation_prompt(["a", "a red circle"])
+    text = [tokens.encode(prompt, add_special_tokens=False) for prompt in ("a", "a red circle")]
+    bos = eos = tokens.eos_token_id
+    rows = [[show_o.t2i, bos, *row, eos] for row in text]
+    rows[0] = [tokens.pad_token_id] * (len(rows[1]) - len(rows[0])) + rows[0]
+    assert ids.tolist() == rows and torch.equal(mask, ids != tokens.pad_token_id)
+    blank, seen = show_o.unconditional(ids, mask)
+    empty = [tokens.pad_token_id] * (ids.shape[1] - 3) + [show_o.t2i, bos, eos]
+    assert blank.tolist() == [empty, empty] and torch.equal(seen, blank != tokens.pad_token_id)
+    canvas = show_o.embed_canvas(torch.arange(9)[None] % 4, torch.arange(9)[None] < 2)
+    row = torch.tensor([[show_o.soi, show_o.first_code, show_o.first_code + 1, *[show_o.mask_id] * 7, show_o.eoi]])
+    assert show_o.mask_id == show_o.first_code + 4 and torch.equal(canvas, show_o.embed_text(row))
+    ids, _ = show_o.question_prompt(["What?"])
+    asked = tokens.encode("USER: \nWhat? ASSISTANT:", add_special_tokens=False)
+    assert ids.tolist() == [[show_o.mmu, show_o.soi, *[show_o.mask_id] * 9, show_o.eoi, bos, *asked]]
+
+
+def test_padding_does_not_matter_to_show_o(show_o):
+    """The hidden states of a prompt's image do not depend on how far the prompt is padded."""
+    codes, known = torch.arange(9)[None] % 4, torch.arange(9)[None] % 2 == 0
+    ids, mask = show_o.generation_prompt(["a ring"])
+    with torch.no_grad():
+        alone = show_o.canvas_hidden(ids, mask, codes, known)
+        pad = show_o.tokenizer.pad_token_id
+        close(show_o.canvas_hidden(F.pad(ids, (5, 0), value=pad), F.pad(mask, (5, 0)), codes, known), alone, 1e-5)
+        other = show_o.canvas_hidden(ids, mask, (codes + ~known) % 4, known)
+    close(other, alone, 0)  # what is masked is not seen
+
+
+def test_images_of_a_question_may_be_codes_one_hots_or_pixels(show_o):
+    codes = torch.randint(4, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids, mask = show_o.question_prompt(["What?", "How many?"])
+    expected = ids.clone()
+    expected[ids == show_o.mask_id] = (codes + show_o.first_code).flatten()
+    for image in (codes, F.one_hot(codes, 4).float(), show_o.to_pixels(codes)):
+        close(show_o.embed_question(ids, image), show_o.embed_text(expected), 1e-6)
+    assert torch.equal(show_o.see(codes), codes)
+
+
+# ---- mask-predict ---------------------------------------------------------------------------------------------------
+
+DRAWS = [(0.0, 1.0), (2.0, 0.8)]  # guidance, temperature
+
+
+@pytest.mark.parametrize("guidance, temperature", DRAWS)
+@pytest.mark.parametrize("mode", ["guided", "detached"])
+def test_replayed_log_probs_are_the_recorded_ones(show_o, guidance, temperature, mode):
+    """Prompts of unequal lengths, so that two rows are padded."""
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], guidance, temperature, compiled=False)
+    logits = image_logits(show_o, images, guidance, temperature, mode)
+    assert logits.requires_grad
+    close(images.score(logits), images.logprobs)
+    assert (images.logprobs < -0.05).any(1).all()  # not a trivial distribution
+
+
+def test_replay_sees_planted_faults(show_o, monkeypatch):
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 0.8, compiled=False)
+
+    def gap(images=images, guidance=2.0, temperature=0.8, mode="guided"):
+        with torch.no_grad():
+            return (images.score(image_logits(show_o, images, guidance, temperature, mode)) - images.logprobs).abs().max()
+
+    wrong_steps = copy.copy(images)
+    wrong_steps.steps = (images.steps + 1) % 5
+    assert min(gap(wrong_steps), gap(guidance=1.0), gap(temperature=1.0), gap(mode="conditional")) > 1e-2
+    monkeypatch.setattr(model_module, "causal", lambda mask, right=model_module.causal: right(torch.ones_like(mask)))
+    monkeypatch.setattr(model_module, "positions_of", lambda mask, right=model_module.positions_of: 2 * right(mask))
+    assert gap() > 1e-2
+
+
+@pytest.mark.parametrize("tokens, steps", [(9, 5), (9, 1), (9, 9), (36, 12), (1024, 50)])
+def test_mask_schedule_is_the_published_cosine(tokens, steps):
+    left, unknown = sample.mask_schedule(tokens, steps), tokens
+    for step, masked in enumerate(left[:-1]):
+        share = torch.cos(torch.tensor((step + 1) / steps) * math.pi * 0.5)
+        assert masked == max(1, min(unknown - 1, int((tokens * share).floor())))
+        unknown = masked
+    assert sample.mask_schedule(9, 5) == [8, 7, 5, 2, 0]  # 9 cos(18, 36, 54, 72 degrees) is 8.6, 7.3, 5.3, 2.8
+    assert left[-1] == 0 and len(left) == steps and (np.diff([tokens, *left]) < 0).all()
+
+
+def test_more_steps_than_tokens_are_refused():
+    with pytest.raises(UserError, match="10 mask-predict steps.* 9 tokens"):
+        sample.mask_schedule(9, 10)
+    with pytest.raises(UserError, match="10 mask-predict steps.* 9 tokens"):
+        small_show_o(steps=10)
+
+
+def canvases(model, monkeypatch, **settings):
+    """The images drawn, and the inputs and outputs of each step."""
+    calls, step = [], sample.step_canvas
+
+    def spy(model, cache, codes, known, *rest):
+        out = step(model, cache, codes, known, *rest)
+        calls.append((codes.clone(), known.clone(), *out))
+        return out
+
+    monkeypatch.setattr(sample, "step_canvas", spy)
+    return sample_images(model, PROMPTS, [4, 5, 6], 2.0, 1.0, compiled=False), calls
+
+
+def test_commits_follow_the_schedule_and_never_change(show_o, monkeypatch):
+    images, calls = canvases(show_o, monkeypatch)
+    left = sample.mask_schedule(9, 5)
+    for step, (codes, known, drawn, logprobs, commit) in enumerate(calls):
+        assert not (known & commit).any()
+        assert (9 - (known | commit).sum(1) == left[step]).all()
+        assert torch.equal(images.codes[known], codes[known])
+        assert torch.equal(images.codes[commit], drawn[commit]) and (images.steps[commit] == step).all()
+        assert torch.equal(images.logprobs[commit], logprobs[commit])
+    assert len(calls) == 5 and images.replay.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_the_most_confident_are_committed_with_the_published_noise(show_o, monkeypatch):
+    """log-prob + temperature x Gumbel, the temperature multiplied by (1 - ratio) at every step; recomputed from the
+    images' own random numbers."""
+    _, calls = canvases(show_o, monkeypatch)
+    temperature, left = 1.0, sample.mask_schedule(9, 5)
+    for step, (_, known, _, logprobs, commit) in enumerate(calls):
+        temperature = temperature * (1.0 - (step + 1) / 5)
+        for row, seed in enumerate([4, 5, 6]):
+            numbers = torch.rand(5 * 2 * 9, generator=sample.generator(seed, sample.IMAGE)).view(5, 2, 9)[step, 1]
+            confidence = logprobs[row] + temperature * -torch.log(-torch.log(numbers))
+            unknown = [n for n in range(9) if not known[row, n]]
+            best = sorted(unknown, key=lambda n: -confidence[n])[: len(unknown) - left[step]]
+            assert sorted(best) == commit[row].nonzero().flatten().tolist()
+
+
+def test_one_step_draws_every_code_independently():
+    """With one step, all codes at once: chi-square of pairs of codes against the product of their softmaxes."""
+    model = small_show_o(tokens=4, steps=1)
+    images = sample_images(model, ["a"] * 4000, range(4000), 1.0, 1.0, compiled=False)
+    with torch.no_grad():
+        ids, mask = model.generation_prompt(["a"])
+        branches = [
+            model.generation_head(model.canvas_hidden(*row, images.codes[:1], torch.zeros(1, 4, dtype=torch.bool)))
+            for row in ((ids, mask), model.unconditional(ids, mask))
+        ]
+    p = (2 * branches[0] - branches[1]).softmax(-1)[0].double()  # [4, V]: (1 + w) l_cond - w l_uncond, w = 1
+    for a, b in ((0, 1), (2, 3), (0, 3)):
+        expected = 4000 * p[a][:, None] * p[b]
+        counts = torch.zeros(4, 4, dtype=torch.double)
+        counts.index_put_((images.codes[:, a], images.codes[:, b]), torch.ones(4000, dtype=torch.double), accumulate=True)
+        likely = expected > 2
+        assert counts[~likely].sum() < 40
+        assert ((counts - expected) ** 2 / expected)[likely].sum() < 45  # chi-square of 15 degrees: 1e-4 at 44
+
+
+def test_same_seed_same_image_whatever_the_batch(show_o):
+    together = sample_images(show_o, PROMPTS, [7, 8, 9], 2.0, 1.0, compiled=False)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, [7, 8, 9])):
+        alone = sample_images(show_o, [prompt], [seed], 2.0, 1.0, compiled=False)
+        assert torch.equal(alone.codes[0], together.codes[row]) and torch.equal(alone.steps[0], together.steps[row])
+        close(alone.logprobs[0], together.logprobs[row])
+    other = sample_images(show_o, PROMPTS, [17, 18, 19], 2.0, 1.0, compiled=False)
+    assert not torch.equal(other.codes, together.codes)
+
+
+def test_compiled_mask_predict_draws_the_same_codes(show_o):
+    eager, compiled = (sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 1.0, compiled=on) for on in (False, True))
+    assert torch.equal(eager.codes, compiled.codes) and torch.equal(eager.steps, compiled.steps)
+    close(eager.logprobs, compiled.logprobs)
+
+
+def test_answers_of_show_o_are_scored_as_they_were_drawn(show_o):
+    """With a cache, the image first and padded questions; and greedy equals decoding without a cache."""
+    codes = torch.randint(4, (3, 9), generator=torch.Generator().manual_seed(0))
+    answers = sample_answers(show_o, codes, QUESTIONS, [1, 2, 3], 0.9, max_tokens=6)
+    logits = answer_logits(show_o, codes, QUESTIONS, answers.ids)
+    close(token_logprobs(logits / 0.9, answers.ids) * answers.mask, answers.logprobs)
+    greedy = sample_answers(show_o, codes, QUESTIONS, max_tokens=6)
+    for row, question in enumerate(QUESTIONS):
+        ids, mask = show_o.question_prompt([question])
+        for token in greedy.ids[row][greedy.mask[row]]:
+            x = show_o.embed_question(ids, codes[row : row + 1])
+            look = show_o.question_mask(ids, mask)
+            hidden = show_o.language_model(x, torch.arange(ids.shape[1])[None], look)
+            assert token == show_o.lm_head(hidden[:, -1]).argmax()
+            if token == show_o.mask_id:  # which stands for the image in this test's loop
+                break
+            ids, mask = F.pad(ids, (0, 1), value=token.item()), F.pad(mask, (0, 1), value=True)
+
+
+def test_weights_of_a_random_subset_are_unbiased(show_o):
+    """Over all subsets of the steps the weighted mean is, on average, the mean over all codes; and each subset's scored
+    log-probs are the recorded ones."""
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 1.0, compiled=False)
+    means = []
+    for subset in combinations(range(5), 2):
+        replay = torch.tensor(subset).expand(3, -1)
+        weights = 5 / 2 * (images.steps[..., None] == replay[:, None]).any(-1)
+        part = dataclasses.replace(images, replay=replay, weights=weights)
+        means.append(part.mean(images.logprobs))
+    close(torch.stack(means).mean(0), images.mean(images.logprobs), 1e-6)
+    close(images.mean(images.logprobs), images.logprobs.mean(1), 1e-6)
+    seeds = range(300)
+    many = sample_images(show_o, ["a"] * 300, seeds, 0.0, 1.0, compiled=False)
+    some = sample.choose_scored(show_o, many, seeds, "replay", 2)
+    drawn = Counter(tuple(sorted(row)) for row in some.replay.tolist())
+    assert len(drawn) == 10 and sum((n - 30) ** 2 / 30 for n in drawn.values()) < 34  # chi-square of 9 degrees
+    with torch.no_grad():
+        close(some.score(image_logits(show_o, some, 0.0, 1.0)), some.logprobs)
+    assert torch.equal(some.weights, 2.5 * (many.steps[..., None] == some.replay[:, None]).any(-1))
+    assert torch.equal(some.logprobs != 0, some.weights > 0)
+
+
+def test_remasking_scores_what_is_masked_given_the_rest(show_o):
+    images = sample_images(show_o, PROMPTS, [1, 2, 3], 2.0, 1.0, compiled=False)
+    again = sample.choose_scored(show_o, images, [1, 2, 3], "remask", None, 2.0, 1.0, "guided")
+    for row in range(3):
+        hidden = [n for n in range(9) if again.weights[row, n] > 0]
+        assert again.weights[row, hidden].tolist() == pytest.approx([9 / len(hidden)] * len(hidden))
+        known = torch.tensor([[n not in hidden for n in range(9)]])
+        ids, mask = images.ids[row : row + 1], images.mask[row : row + 1]
+        with torch.no_grad():
+            cond, uncond = (
+                show_o.generation_head(show_o.canvas_hidden(*rows, images.codes[row : row + 1], known))[0]
+                for rows in ((ids, mask), show_o.unconditional(ids, mask))
+            )
+        expected = (3 * cond - 2 * uncond).log_softmax(-1)
+        for n in range(9):
+            value = expected[n, images.codes[row, n]].item() if n in hidden else 0.0
+            assert again.logprobs[row, n].item() == pytest.approx(value, abs=1e-4)
+    many = sample.choose_scored(show_o, sample_images(show_o, ["a"] * 400, range(400), 0.0, compiled=False), range(400),
+                                "remask", None, 0.0, 1.0, "guided")
+    sizes = (many.weights > 0).sum(1).double()
+    u = torch.linspace(0, 1, 100_001, dtype=torch.double)
+    expected = (9 * torch.cos(math.pi / 2 * u)).ceil().clamp(1, 9)
+    assert abs(sizes.mean() - expected.mean()) < 4 * expected.std() / 20
+    assert ((many.weights > 0).double().mean(0) - expected.mean() / 9).abs().max() < 0.1  # every place alike
+
+
+# ---- both estimators on a toy, and in the trainers ------------------------------------------------------------------
+
+ORDER = torch.tensor([1, 0, 0, 1])  # which step commits which of the toy's four codes
+ALL_IMAGES = torch.tensor(list(product(range(2), repeat=4)))  # [16, 4]
+
+
+@pytest.fixture
+def toy():
+    """Sixteen images of four codes of two kinds, drawn in two steps."""
+    return small_show_o(codes=2, tokens=4, steps=2).double()
+
+
+def toy_probabilities(model: ShowO, weight: float = 3.0) -> torch.Tensor:
+    """Of each image, given the order: the first step's codes given masks alone, the second's given the first's."""
+    ids, mask = (rows.expand(16, -1) for rows in model.generation_prompt(["a"]))
+    total = 0.0
+    for step in (0, 1):
+        known = (ORDER < step).expand(16, -1)
+        cond, uncond = (
+            model.lm_head(model.canvas_hidden(*rows, ALL_IMAGES, known))[..., model.first_code : -1]
+            for rows in ((ids, mask), model.unconditional(ids, mask))
+        )
+        logprobs = (uncond + weight * (cond - uncond)).log_softmax(-1)
+        for n in (ORDER == step).nonzero().flatten():
+            total = total + logprobs[range(16), n, ALL_IMAGES[:, n]]
+    return total.exp()
+
+
+def toy_images(model: ShowO) -> Images:
+    ids, mask = (rows.expand(16, -1) for rows in model.generation_prompt(["a"]))
+    images = Images(ALL_IMAGES, torch.zeros(16, 4), ids, mask, ORDER.expand(16, -1))
+    with torch.no_grad():
+        return dataclasses.replace(images, logprobs=images.score(image_logits(model, images, 2.0, 1.0)))
+
+
+def test_replayed_trajectories_have_their_enumerated_probabilities(toy):
+    probabilities = toy_probabilities(toy)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+    assert torch.allclose(toy_images(toy).logprobs.sum(1).exp(), probabilities, atol=1e-12)
+
+
+def test_policy_gradient_through_replay_equals_the_enumerated_one(toy):
+    """Weighting each image's advantage by its probability, the objective's gradient is that of minus the expected
+    reward, over the number of tokens; so is the mean over the subsets of one step."""
+    rewards = torch.rand(16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights, probabilities = list(toy.language_model.parameters()), toy_probabilities(toy)
+    exact = torch.autograd.grad(-(probabilities * rewards).sum() / 4, weights)
+    images = toy_images(toy)
+    subsets = [images]
+    for step in (0, 1):
+        counts = 2.0 * (images.steps == step)
+        subsets.append(dataclasses.replace(
+            images, replay=torch.full((16, 1), step), weights=counts, logprobs=images.logprobs * (counts > 0)
+        ))
+    gradients = []
+    for part in subsets:
+        rollout = grpo.Rollout([], [], part, None, None, reference_images=part.logprobs)
+        loss, _ = grpo.objective(toy, toy, rollout, (probabilities * rewards).detach(), flags(guidance=2.0))
+        gradients.append(torch.autograd.grad(loss, weights))
+    for whole, first, second, true in zip(*gradients, exact):
+        assert torch.allclose(whole, true, atol=1e-10) and torch.allclose((first + second) / 2, true, atol=1e-10)
+    assert max((first - second).abs().max() for _, first, second in zip(*gradients)) > 1e-3  # they are different
+
+
+def test_remasking_has_its_enumerated_mean(toy):
+    """Over sizes and places of the mask: E of the mean log-prob of what is masked given the rest."""
+    codes = ALL_IMAGES[9:10]
+    ids, mask = toy.generation_prompt(["a"])
+    share = torch.linspace(0, 1, 400_001, dtype=torch.double)
+    sizes = (4 * torch.cos(math.pi / 2 * share)).ceil().clamp(1, 4)
+    exact = 0.0
+    with torch.no_grad():
+        for m in range(1, 5):
+            for hidden in map(list, combinations(range(4), m)):
+                known = torch.tensor([[n not in hidden for n in range(4)]])
+                logits = toy.generation_head(toy.canvas_hidden(ids, mask, codes, known))
+                value = token_logprobs(logits, codes)[0, hidden].mean()
+                exact += (sizes == m).double().mean() / math.comb(4, m) * value
+        B = 3000
+        images = Images(*(rows.expand(B, -1) for rows in (codes, codes, ids, mask, ORDER[None])))
+        images = sample.choose_scored(toy, images, range(B), "remask", None, 0.0, 1.0, "guided")
+        values = images.mean(images.logprobs)
+    assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(B) and values.std() > 0.1
+
+
+ESTIMATORS = [dict(), dict(replay_steps=2), dict(estimator="remask")]
+
+
+@pytest.mark.parametrize("mode", ["two-stage", "end-to-end"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_first_update_of_show_o_is_on_policy(show_o, estimator, mode):
+    """Ratio 1 and KL 0 to the reference, whatever part of the trajectory is scored."""
+    args = flags(guidance=2.0, temperature=0.9, no_compile=True, max_tokens=4, tau=1.0, mode=mode, beta=0.1,
+                 answer_weight=1.0, **estimator)
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(3)]
+    rollout = grpo.roll_out(show_o, show_o, tasks, [5, 6, 7], args)
+    grpo.score_by_reference(frozen_copy(show_o), rollout, args)
+    loss, sums = grpo.objective(show_o, show_o, rollout, torch.tensor([1.0, -1.0, 0.5]), args)
+    assert sums["ratio"].item() == pytest.approx(3, abs=1e-4)
+    for key in ("kl_image", "kl_answer", "rollout_difference", "clipped"):
+        assert sums[key].item() == pytest.approx(0, abs=1e-4)
+    gradients = torch.autograd.grad(loss, list(show_o.parameters()))
+    assert all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 1e-4 for g in gradients)
+
+
+@pytest.mark.parametrize("mode", ["two-stage", "end-to-end"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_sft_objective_of_show_o(show_o, estimator, mode):
+    args = flags(guidance=2.0, no_compile=True, max_tokens=4, tau=1.0, mode=mode, beta=0.1, **estimator)
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(3)]
+    rollout = sft.roll_out(show_o, show_o, tasks, [5, 6, 7], args)
+    kept = [sft.Kept(task.prompt, *row) for task, *row in zip(tasks, rollout.images.codes, rollout.images.steps)]
+    empty = torch.tensor([False, True, False])
+    loss, sums = sft.objective(show_o, show_o, frozen_copy(show_o), rollout, kept, empty, args)
+    assert sums["kl_image"].item() == pytest.approx(0, abs=1e-4)
+    assert sums["rollout_difference"].item() == pytest.approx(0, abs=1e-4)
+    if mode == "two-stage":  # the same pictures: minus their recorded log-probs, but for the one without its prompt
+        mean = -rollout.images.mean(rollout.images.logprobs)
+        losses = sft.replay_loss(show_o, kept, empty, rollout.seeds, args)
+        close(losses[[0, 2]], mean[[0, 2]])
+        assert abs(losses[1] - mean[1]) > 1e-3 and sums["loss_image"].item() == pytest.approx(losses.sum().item())
+    loss.backward()
+    assert all(w.grad.isfinite().all() for w in show_o.parameters())
+    show_o.zero_grad()
+
+
+def test_relaxed_gradient_counts_each_code_as_often_as_its_weight():
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    codes, target = torch.tensor([[0, 1, 2], [3, 0, 1]]), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([[2.0, 0, 1], [0, 3, 0.5]])
+    plain, weighted = (
+        torch.autograd.grad((relaxed_codes(logits, codes, 1.0, [1, 2], w) * target).sum(), logits)[0] for w in (None, weights)
+    )
+    close(weighted, plain * weights[..., None], 1e-6)
+    assert torch.equal(relaxed_codes(logits, codes, 1.0, [1, 2], weights), F.one_hot(codes, 4).float())
+
+
+def test_flags_without_meaning_are_refused(show_o, tiny):
+    def fill(model, *arguments):
+        args = grpo.parse_args(["--prompts", "2", "--group", "2", *arguments])
+        fill_in(args, grpo.TINY, model, 1)
+        return args
+
+    for arguments in (["--draw-steps", "4"], ["--estimator", "replay"], ["--replay-steps", "2"]):
+        with pytest.raises(UserError, match=f"{arguments[0]} .*no meaning for a Janus"):
+            fill(tiny, *arguments)
+    for arguments, words in (
+        (["--draw-steps", "10"], "10 mask-predict steps.* 9 tokens"),
+        (["--replay-steps", "6"], "--replay-steps 6.* drawn in 5 steps"),
+        (["--replay-steps", "2", "--estimator", "remask"], "no meaning with --estimator remask"),
+        (["--freeze", "vision_model"], "--freeze vision_model: tiny has vqmodel, language_model, lm_head"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fill(show_o, *arguments)
+    model = copy.deepcopy(show_o)
+    args = fill(model, "--draw-steps", "7", "--replay-steps", "6")
+    assert (args.draw_steps, model.steps, args.freeze) == (7, 7, ["vqmodel"]) and fill(tiny).freeze == ["vision_model", "vqmodel"]
+
+
+def test_prompt_longer_than_the_text_window_is_refused():
+    model = small_show_o(max_seq_length=4)
+    model.generation_prompt(["a"])
+    with pytest.raises(UserError, match="'a red circle'.* text window 4"):
+        model.generation_prompt(["a", "a red circle"])
+
+
+# =====================================================================================================================
+# MAGVIT-v2
+
+
+MAGVIT_SMALL = {"channels": 32, "encoder_multipliers": [1, 1, 2], "encoder_blocks": [2, 1, 2],
+                "decoder_multipliers": [1, 2, 2], "decoder_blocks": [1, 2, 1], "bits": 5}
+
+
+@pytest.fixture(scope="module")
+def magvit():
+    torch.manual_seed(0)
+    model = model_module.MAGVITv2(MAGVIT_SMALL).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn_like(weight)  # norms that do something
+    return model
+
+
+def test_magvits_codes_are_the_signs_of_its_latents(magvit, monkeypatch):
+    """Written out by hand: the first bit is the highest, and zero is not positive."""
+    bits = torch.tensor([[-1, -1, -1, -1, -1], [-1, -1, -1, -1, 1], [1, -1, -1, -1, -1], [1, -1, 1, 1, -1]])
+    latents = (bits * 0.3).T.reshape(1, 5, 2, 2)  # four pixels, a code each
+    latents[0, 1, 0, 0] = 0.0
+    monkeypatch.setattr(magvit.encoder, "forward", lambda pixels: latents)
+    assert magvit.encode(torch.zeros(1, 3, 8, 8)).tolist() == [[0, 1, 16, 22]]
+    assert torch.equal(magvit.codebook(latents)[[0, 1, 16, 22]], bits.float())
+
+
+def independent_magvit(weights, x, multipliers, blocks, decode):
+    """The published computation, from a state dict, function by function."""
+
+    def conv(name, x, **settings):
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **settings)
+
+    def norm(name, x):
+        return F.group_norm(x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def resnet(name, x):
+        h = norm(f"{name}.norm1", x)
+        h = norm(f"{name}.norm2", conv(f"{name}.conv1", h * torch.sigmoid(h), padding=1))
+        h = conv(f"{name}.conv2", h * torch.sigmoid(h), padding=1)
+        return h + (conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.weight" in weights else x)
+
+    def attention(name, x):
+        h = norm(f"{name}.norm", x)
+        q, k, v = (conv(f"{name}.{part}", h).flatten(2) for part in "qkv")  # [B, C, H W]
+        weight = torch.einsum("bci,bcj->bij", q, k).div(q.shape[1] ** 0.5).softmax(2)
+        return x + conv(f"{name}.proj_out", torch.einsum("bij,bcj->bci", weight, v).view_as(x))
+
+    def middle(x):
+        return resnet("mid.block_2", attention("mid.attn_1", resnet("mid.block_1", x)))
+
+    last = len(multipliers) - 1
+    if decode:
+        x = middle(conv("conv_in", conv("post_quant_conv", x), padding=1))
+        for level in range(last, -1, -1):
+            for block in range(blocks[level]):
+                x = resnet(f"up.{level}.block.{block}", x)
+            if level:
+                x = conv(f"up.{level}.upsample.conv", x.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
+    else:
+        x = conv("conv_in", x, padding=1)
+        for level in range(last + 1):
+            for block in range(blocks[level]):
+                x = resnet(f"down.{level}.block.{block}", x)
+            if level < last:
+                x = conv(f"down.{level}.downsample.conv", torch.nn.ZeroPad2d((0, 1, 0, 1))(x), stride=2)
+        x = middle(x)
+    x = norm("norm_out", x)
+    x = conv("conv_out", x * torch.sigmoid(x), padding=1)
+    return x if decode else conv("quant_conv", x)
+
+
+def test_magvit_equals_an_independent_computation(magvit):
+    pixels = torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        latents = independent_magvit(magvit.encoder.state_dict(), pixels, [1, 1, 2], [2, 1, 2], decode=False)
+        codes = sum((latents[:, bit] > 0).long() << (4 - bit) for bit in range(5)).flatten(1)
+        assert codes.unique().numel() > 3 and (latents - magvit.encoder(pixels)).abs().max() < 1e-4
+        assert torch.equal(magvit.encode(pixels), codes)
+        codes = torch.randint(32, (2, 36))
+        bits = torch.tensor([[[1.0 if code >> (4 - bit) & 1 else -1.0 for code in row] for bit in range(5)] for row in codes.tolist()])
+        expected = independent_magvit(magvit.decoder.state_dict(), bits.view(2, 5, 6, 6), [1, 2, 2], [1, 2, 1], decode=True)
+        assert (magvit.decode(codes) - expected).abs().max() < 1e-4
+        assert torch.equal(magvit.decode(F.one_hot(codes, 32).float()), magvit.decode(codes))
+
+
+def test_magvits_gradient_in_one_hots(magvit):
+    """Finite differences in float64."""
+    model = copy.deepcopy(magvit).double()
+    one_hots = F.one_hot(torch.randint(32, (1, 4)), 32).double().requires_grad_()
+    weight = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    value = lambda x: (model.decode(x) * weight).sum()
+    [gradient] = torch.autograd.grad(value(one_hots), one_hots)
+    for n, v in [(0, 0), (1, 17), (3, 31)]:
+        step = torch.zeros_like(one_hots)
+        step[0, n, v] = 1e-5
+        with torch.no_grad():
+            slope = (value(one_hots + step) - value(one_hots - step)) / 2e-5
+        assert gradient[0, n, v].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-8)
+
+
+def test_the_published_magvit(magvit, tmp_path):
+    """The published sizes, some of its names and shapes; a folder in its layout, its two lookup tables among the
+    tensors, is read to the bit, and a tensor too few or too many is named."""
+    with torch.device("meta"):
+        shapes_ = {name: list(tensor.shape) for name, tensor in model_module.MAGVITv2({}).state_dict().items()}
+    assert len(shapes_) == 380
+    for name, shape in {
+        "encoder.conv_in.weight": [128, 3, 3, 3], "encoder.down.0.block.3.conv2.weight": [128, 128, 3, 3],
+        "encoder.down.1.block.0.nin_shortcut.weight": [256, 128, 1, 1], "encoder.down.3.downsample.conv.bias": [512],
+        "encoder.down.4.block.3.norm1.weight": [512], "encoder.mid.attn_1.q.weight": [512, 512, 1, 1],
+        "encoder.conv_out.weight": [13, 512, 3, 3], "encoder.quant_conv.weight": [13, 13, 1, 1],
+        "decoder.post_quant_conv.weight": [13, 13, 1, 1], "decoder.conv_in.weight": [512, 13, 3, 3],
+        "decoder.up.4.block.2.conv1.weight": [512, 512, 3, 3], "decoder.up.4.upsample.conv.weight": [512, 512, 3, 3],
+        "decoder.up.3.block.0.nin_shortcut.weight": [256, 512, 1, 1], "decoder.up.0.block.3.conv1.weight": [128, 128, 3, 3],
+        "decoder.conv_out.weight": [3, 128, 3, 3],
+    }.items():
+        assert shapes_[name] == shape, name
+    assert not any(name.startswith(("encoder.down.4.downsample", "decoder.up.0.upsample")) for name in shapes_)
+    folder = tmp_path / "magvitv2"
+    folder.mkdir()
+    model_module.save_magvit(magvit, folder)
+    tensors = load_file(folder / "pytorch_model.safetensors")
+    tables = {"quantize.embedding": torch.zeros(32, 5), "quantize.power_vals": torch.zeros(5, dtype=torch.long)}
+    save_file({**tensors, **tables}, folder / "pytorch_model.safetensors")
+    again = model_module.load_magvit(folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), magvit.state_dict().values()))
+    save_file({**tensors, "encoder.extra": torch.zeros(1)}, folder / "pytorch_model.safetensors")
+    with pytest.raises(UserError, match="encoder.extra"):
+        model_module.load_magvit(folder)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, folder / "pytorch_model.safetensors")
+    with pytest.raises(UserError, match="decoder.conv_out.bias' is missing"):
+        model_module.load_magvit(folder)
+
+
+# ---- Show-o's checkpoints -------------------------------------------------------------------------------------------
+
+SMALL_MAGVIT = {"channels": 32, "bits": 2, **{
+    f"{part}_{what}": [1, 1] for part in ("encoder", "decoder") for what in ("multipliers", "blocks")
+}}
+
+
+@pytest.fixture(scope="module")
+def saved_show_o(tmp_path_factory):
+    """A model with guidance and steps of its own, and the folder that it was saved in."""
+    model = small_show_o(vqmodel=MAGVITv2(SMALL_MAGVIT), guidance=1.5, steps=4, world="shapes")
+    folder = tmp_path_factory.mktemp("checkpoints") / "show-o"
+    save(model, folder)
+    return model, folder
+
+
+@pytest.fixture
+def copy_of_show_o(saved_show_o, tmp_path):
+    """A checkpoint that a test may spoil."""
+    return Path(shutil.copytree(saved_show_o[1], tmp_path / "copy"))
+
+
+def test_saved_show_o_loads_as_it_was(saved_show_o, tmp_path):
+    model, folder = saved_show_o
+    again = load(str(folder))
+    same_tensors(model, again)
+    assert (again.guidance, again.steps, again.config.world, again.num_image_tokens) == (1.5, 4, "shapes", 9)
+    assert vars(again.config).items() >= vars(model.config).items() and not again.training
+    for left, right in zip(model.generation_prompt(PROMPTS), again.generation_prompt(PROMPTS)):
+        assert torch.equal(left, right)
+    first, second = (sample_images(m, PROMPTS, [1, 2, 3], 1.5, compiled=False) for m in (model, again))
+    assert torch.equal(first.codes, second.codes)
+    again.steps, again.guidance = 3, 2.0
+    save(again, tmp_path / "again", {"more.pt": {"a": torch.ones(1)}})
+    assert load(str(tmp_path / "again")).steps == 3 and (tmp_path / "again" / "more.pt").exists()
+
+
+PUBLISHED = {  # names and shapes of the published classes' state dict, at PHI's sizes
+    "showo.model.embed_tokens.weight": (303, 32),
+    "showo.model.layers.{}.self_attn.q_proj.weight": (32, 32), "showo.model.layers.{}.self_attn.q_proj.bias": (32,),
+    "showo.model.layers.{}.self_attn.k_proj.weight": (32, 32), "showo.model.layers.{}.self_attn.k_proj.bias": (32,),
+    "showo.model.layers.{}.self_attn.v_proj.weight": (32, 32), "showo.model.layers.{}.self_attn.v_proj.bias": (32,),
+    "showo.model.layers.{}.self_attn.dense.weight": (32, 32), "showo.model.layers.{}.self_attn.dense.bias": (32,),
+    "showo.model.layers.{}.self_attn.q_layernorm.weight": (8,), "showo.model.layers.{}.self_attn.q_layernorm.bias": (8,),
+    "showo.model.layers.{}.self_attn.k_layernorm.weight": (8,), "showo.model.layers.{}.self_attn.k_layernorm.bias": (8,),
+    "showo.model.layers.{}.mlp.fc1.weight": (48, 32), "showo.model.layers.{}.mlp.fc1.bias": (48,),
+    "showo.model.layers.{}.mlp.fc2.weight": (32, 48), "showo.model.layers.{}.mlp.fc2.bias": (32,),
+    "showo.model.layers.{}.input_layernorm.weight": (32,), "showo.model.layers.{}.input_layernorm.bias": (32,),
+    "showo.model.final_layernorm.weight": (32,), "showo.model.final_layernorm.bias": (32,),
+    "showo.lm_head.weight": (303, 32), "showo.lm_head.bias": (303,),
+}
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.safetensors", "model.safetensors"])
+def test_published_show_o_layout_loads_with_every_key_used(copy_of_show_o, saved_show_o, file, monkeypatch):
+    """As showlab/show-o-512x512 and UniRL's checkpoints have it: without tokenizers, which come from the hub, here from
+    folders that stand for it; Phi's own text tokenizer lacks Show-o's tokens."""
+    folder, (model, _) = copy_of_show_o, saved_show_o
+    settings = json.loads((folder / "config.json").read_text())
+    left_to_the_code = {key: settings.pop(key) for key in ("guidance", "steps", "world", "max_seq_length")}
+    settings |= {"load_from_showo": True, "use_mod": True, "_diffusers_version": "0.30.1", "llm_model_path": "microsoft/phi-1_5"}
+    (folder / "config.json").write_text(json.dumps({**settings, "steps": 4}))
+    tensors = load_file(folder / "pytorch_model.safetensors")
+    names = {name.format(i): shape for name, shape in PUBLISHED.items() for i in range(2)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == names
+    tensors["showo.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # of older transformers
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "pytorch_model.safetensors").unlink()
+    (save_file if file.endswith("safetensors") else torch.save)(tensors, folder / file)
+    hub = {"showlab/magvitv2": folder.parent / "magvitv2", "microsoft/phi-1_5": folder.parent / "phi"}
+    (folder / "magvitv2").rename(hub["showlab/magvitv2"])
+    phi = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
+    phi.save_pretrained(hub["microsoft/phi-1_5"])
+    monkeypatch.setattr(model_module, "snapshot_download", lambda name, allow_patterns: str(hub[name]))
+    again = load(str(folder))
+    same_tensors(model, again)
+    assert again.guidance == 5.0 and again.config.max_seq_length == 128 and left_to_the_code["steps"] == 4
+    assert again.question_prompt(QUESTIONS)[0].tolist() == model.question_prompt(QUESTIONS)[0].tolist()
+
+
+def spoil_config(**changes):
+    def spoil(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+def spoil_tensors(change):
+    def spoil(folder):
+        path = folder / "pytorch_model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return spoil
+
+
+BAD_SHOW_O = {
+    "no text tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(), "copy: has no tokenizer.json.*cannot download microsoft/phi-1_5"
+    ),
+    "no image tokenizer": (
+        lambda folder: shutil.rmtree(folder / "magvitv2"),
+        "copy: has no image tokenizer; give it a folder magvitv2.*cannot download showlab/magvitv2",
+    ),
+    "image tokenizer without weights": (
+        lambda folder: (folder / "magvitv2" / "pytorch_model.safetensors").unlink(), "copy/magvitv2: holds no model.safe"
+    ),
+    "more steps than tokens": (spoil_config(steps=10), "10 mask-predict steps.*9 tokens"),
+    "another vocabulary": (spoil_config(vocab_size=304), "are not the 304 rows"),
+    "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer has 4"),
+    "CLIP": (spoil_config(w_clip_vit=True), "copy: .*through CLIP"),
+    "no number": (spoil_config(num_vq_tokens="nine"), "copy/config.json: not a Show-o configuration"),
+    "missing tensor": (
+        spoil_tensors(lambda t: {k: v for k, v in t.items() if k != "showo.lm_head.bias"}), "'lm_head.bias' is missing"
+    ),
+    "unexpected tensor": (
+        spoil_tensors(lambda t: {**t, "mm_projector.0.weight": torch.ones(1)}), "'mm_projector.0.weight' is not one of"
+    ),
+    "wrong shape": (spoil_tensors(lambda t: {**t, "showo.lm_head.bias": torch.ones(3)}), r"'lm_head.bias' has shape \[3\]"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SHOW_O)
+def test_bad_show_o_is_refused_in_one_line(copy_of_show_o, fault, monkeypatch):
+    def offline(*args, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr(model_module, "snapshot_download", offline)
+    spoil, words = BAD_SHOW_O[fault]
+    spoil(copy_of_show_o)
+    with pytest.raises(UserError, match=words) as error:
+        load(str(copy_of_show_o))
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_are_cut_to_show_os_square(saved_show_o, tmp_path):
+    """The shorter side becomes the model's, the middle stays; mean and deviation 0.5 as published."""
+    model, _ = saved_show_o
+    stripes = np.zeros((12, 36, 3), np.uint8)
+    stripes[:, 12:24] = 255
+    Image.fromarray(stripes).save(tmp_path / "wide.png")
+    pixels = sample.read_image(model, tmp_path / "wide.png")
+    assert pixels.shape == (1, 3, 6, 6) and (pixels[..., 1:-1] > 0.9).all()

@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from evaluate import World, report, table, write_json
-from model import Janus, UserError
+from model import UnifiedModel, UserError
 from reward import Task
-from sample import contact_sheet, to_uint8
+from sample import contact_sheet, to_uint8, use_draw_steps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One optimizer step over all ranks
@@ -101,7 +101,7 @@ def resumed(args: argparse.Namespace, script: str) -> argparse.Namespace:
     return argparse.Namespace(**{**saved, **changes})
 
 
-def fill_in(args: argparse.Namespace, defaults: dict, model: Janus, ranks: int) -> None:
+def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks: int) -> None:
     """The recommended values for the flags that were left out; refuses what cannot be split over the ranks."""
     for key, value in defaults.items():
         if getattr(args, key) is None:
@@ -113,6 +113,23 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: Janus, ranks: int) 
     args.micro_batch = min(args.micro_batch or images, images // ranks)
     if images // ranks % args.micro_batch:
         raise UserError(f"--micro-batch {args.micro_batch} does not divide a rank's {images // ranks} images")
+    fill_in_mask_predict(args, model)
+    parts = [name for name, _ in model.named_children()]
+    args.freeze = [p for p in ("vision_model", "vqmodel") if p in parts] if args.freeze is None else args.freeze
+    if not set(args.freeze) <= set(parts):
+        raise UserError(f"--freeze {' '.join(args.freeze)}: {args.model} has {', '.join(parts)}")
+
+
+def fill_in_mask_predict(args: argparse.Namespace, model: UnifiedModel) -> None:
+    """The values of the flags that only a Show-o knows; refuses them for a Janus."""
+    use_draw_steps(model, args.draw_steps)
+    args.draw_steps = model.steps
+    if model.steps is None and (args.estimator or args.replay_steps):
+        raise UserError("--estimator and --replay-steps have no meaning for a Janus, which scores every token at once")
+    if args.estimator == "remask" and args.replay_steps:
+        raise UserError("--replay-steps has no meaning with --estimator remask, which replays no steps")
+    if args.replay_steps and args.replay_steps > model.steps:
+        raise UserError(f"--replay-steps {args.replay_steps}: an image is drawn in {model.steps} steps (--draw-steps)")
 
 
 def open_run(args, rank: int) -> tuple[Path, int]:
@@ -185,9 +202,13 @@ def mean_rewards(tasks: Sequence[Task], rewards: Sequence[float]) -> dict[str, f
     return {"reward": float(np.mean(rewards)), **{key: float(np.mean(by_tag[key])) for key in sorted(by_tag)}}
 
 
-def contact_sheet_of(rollouts: Sequence, rewards: Sequence[float], path: Path, count: int = 24) -> None:
-    """A contact sheet of this rank's trajectories (tasks, pixels, answers), evenly chosen: prompt, answer, reward."""
-    pixels = np.concatenate([to_uint8(r.pixels) for r in rollouts])
+def contact_sheet_of(
+    model: UnifiedModel, rollouts: Sequence, rewards: Sequence[float], path: Path, count: int = 24
+) -> None:
+    """A contact sheet of this rank's trajectories (tasks, what was seen, answers), evenly chosen: prompt, answer,
+    reward."""
+    with torch.no_grad():
+        pixels = np.concatenate([to_uint8(model.show(r.seen)) for r in rollouts])
     prompts = [task.prompt.removeprefix("a photo of ") for r in rollouts for task in r.tasks]
     texts = [text for r in rollouts for text in r.answers.texts]
     chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int)

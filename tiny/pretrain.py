@@ -244,7 +244,8 @@ def drawing_loss(model: Janus, tasks: list[Task], codes: Tensor, noise: float, r
     captions = [draw_task(VOCABULARY, rng, tag=t.tag).prompt if rng.random() < noise else t.prompt for t in tasks]
     ids, mask = model.generation_prompt(captions)
     empty = torch.from_numpy(rng.random(len(tasks)) < 0.1)[:, None]
-    ids = model.unconditional(ids, mask).where(empty, ids)
+    blank, blank_mask = model.unconditional(ids, mask)
+    ids, mask = blank.where(empty, ids), blank_mask.where(empty, mask)
     logits = image_logits(model, Images(codes, None, ids, mask), guidance=1, temperature=1)
     return -token_logprobs(logits, codes).mean()
 
