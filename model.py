@@ -1246,7 +1246,9 @@ def load_magvit(folder: Path) -> MAGVITv2:
 def save_magvit(model: MAGVITv2, folder: Path) -> None:
     """In the published layout, with the sizes in config.json."""
     (folder / "config.json").write_text(json.dumps({"_class_name": "MAGVITv2", **model.settings}, indent=2) + "\n")
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weight = model.decoder.conv_in.weight
+    tables = dict(zip(MAGVIT_UNUSED, (model.codebook(weight), model.powers(weight))))  # the published class wants them
+    tensors = {name: tensor.contiguous() for name, tensor in {**model.state_dict(), **tables}.items()}
     save_file(tensors, folder / "pytorch_model.safetensors", metadata={"format": "pt"})
 
 
