@@ -296,7 +296,7 @@ def main() -> None:
     conditions = {
         "model": args.model, "guidance": guidance, "temperature": args.temperature, "images_per_prompt": images,
         "images": len(records), "seed": args.seed, "scorer": "shapes world's detector" if small else None,
-        "torch": torch.__version__,
+        "torch": torch.__version__, **({"draw_steps": model.steps} if model.steps else {}),
     }
     plain = [{key: value for key, value in record.items() if key != "image"} for record in records]
     write_json(out / "results.json", {"scores": scores, "conditions": conditions, "images": plain})
