@@ -1206,7 +1206,7 @@ def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype:
         tokenizer = read_show_o_tokenizer(folder, {**SHOW_O, **settings})
         vqmodel = load_magvit(magvit_folder(folder))
         if 2**vqmodel.bits != settings["codebook_size"]:
-            raise UserError(f"{folder}: {settings['codebook_size']} codes, but the image tokenizer has {2**vqmodel.bits}")
+            raise UserError(f"{folder}: {settings['codebook_size']} codes, but its image tokenizer {2**vqmodel.bits}")
         with torch.device("meta"):
             model = ShowO(settings, tokenizer, vqmodel)
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:

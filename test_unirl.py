@@ -3021,7 +3021,7 @@ BAD_SHOW_O = {
     ),
     "more steps than tokens": (spoil_config(steps=10), "10 mask-predict steps.*9 tokens"),
     "another vocabulary": (spoil_config(vocab_size=304), "are not the 304 rows"),
-    "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer has 4"),
+    "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer 4"),
     "CLIP": (spoil_config(w_clip_vit=True), "copy: .*through CLIP"),
     "no number": (spoil_config(num_vq_tokens="nine"), "copy/config.json: not a Show-o configuration"),
     "missing tensor": (
