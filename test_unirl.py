@@ -3055,3 +3055,19 @@ def test_pictures_are_cut_to_show_os_square(saved_show_o, tmp_path):
     Image.fromarray(stripes).save(tmp_path / "wide.png")
     pixels = sample.read_image(model, tmp_path / "wide.png")
     assert pixels.shape == (1, 3, 6, 6) and (pixels[..., 1:-1] > 0.9).all()
+
+
+def test_grpo_runs_on_a_show_o(tmp_path):
+    """Two steps in the shapes world: on policy, a gradient, and a checkpoint that draws as it was trained to."""
+    magvit = {**SMALL_MAGVIT, **{key: [1, 1, 1] for key in SMALL_MAGVIT if key.endswith(("multipliers", "blocks"))}}
+    save(small_show_o(tokens=36, steps=3, guidance=1.0, world="shapes", vqmodel=MAGVITv2(magvit)), tmp_path / "show-o")
+    done = run_grpo(
+        "--model", tmp_path / "show-o", "--out", tmp_path / "run", "--steps", 2, "--prompts", 2, "--group", 2, *SHORT,
+        "--reward", "likelihood", "--draw-steps", 4, "--replay-steps", 2, "--max-tokens", 4,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = read_metrics(tmp_path / "run")
+    assert first["kl_image"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and first["rollout_difference"] < 1e-4
+    assert first["grad_norm"] > 0 and second["step"] == 2 and "4 mask-predict steps" in done.stdout
+    trained = load(str(tmp_path / "run" / "step_000002"))
+    assert trained.steps == 4 and not torch.equal(trained.lm_head.weight, load(str(tmp_path / "show-o")).lm_head.weight)
