@@ -1,6 +1,7 @@
 """Self-improving GRPO: a unified model draws, answers a question about its own picture, and is rewarded for the answer.
 
     torchrun grpo.py                                   # the tiny Janus, two CPU cores, under ten minutes
+    torchrun grpo.py --model tiny-show-o               # the tiny Show-o, which draws by mask-predict
     torchrun grpo.py --mode end-to-end                 # the answers' gradient goes through the image tokens
     torchrun --nproc_per_node 8 grpo.py --model janus-pro-1b --out runs/janus
     python grpo.py --resume runs/grpo --steps 300      # go on with a run
@@ -24,7 +25,11 @@ How this differs from the paper, or fixes what the paper leaves open:
 5. End-to-end, images are sampled first; one parallel pass recomputes their logits, and the Gumbel noise is drawn
    conditioned on the sampled codes, so that no gradient has to run through the sampling loop. A frozen copy of the
    starting model answers and passes the gradient on (--judge), cut to a norm in each picture (--picture-clip).
-6. The detector of `evaluate.py` only measures. It never enters the reward.
+6. A Show-o draws in steps. The log-probability of an image token is that of the step which committed it, given the
+   canvas of that step; the order is taken as given. Of each image a few random steps are replayed (--replay-steps),
+   their tokens weighted so that the mean is that over all steps; published trainers of masked language models mask
+   anew at random instead (--estimator remask).
+7. The detector of `evaluate.py` only measures. It never enters the reward.
 
 Files in --out: args.json, metrics.jsonl, samples/step_*.png, step_*/ (checkpoints that --model and transformers open),
 before.json, before.png, after.png, curves.png, summary.json. Keys of a line of metrics.jsonl, all means over the step's
@@ -223,7 +228,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
     add("--estimator", choices=["replay", "remask"],
         help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
-    add("--replay-steps", type=positive(int), help="random ones that are replayed of a Show-o's (default: all)")
+    add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 2)")
     add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))

@@ -352,7 +352,7 @@ class Aligner(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image tokens: the VQ-16 tokenizer of LlamaGen that Janus uses, and MAGVIT-v2, made of the same blocks, that Show-o uses
+# Image tokens: Janus' VQ-16 of LlamaGen, and Show-o's MAGVIT-v2, made of the same blocks
 
 
 class ResnetBlock(nn.Module):
@@ -552,7 +552,7 @@ class MAGVITEncoder(nn.Module):
 
 
 class MAGVITDecoder(nn.Module):
-    """Bits [B, bits, h, w], each -1 or 1 -> pixels [B, 3, H, W]. Its levels are numbered from the highest resolution."""
+    """Bits [B, bits, h, w], each -1 or 1 -> pixels [B, 3, H, W]. Levels are numbered from the highest resolution."""
 
     def __init__(self, channels: int, multipliers: Sequence[int], blocks: Sequence[int], bits: int):
         super().__init__()
@@ -607,7 +607,8 @@ class MAGVITv2(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] of codes [B, N] of a square, or, differentiably, of one-hots or mixtures [B, N, V]."""
         weight = self.decoder.conv_in.weight
-        bits = codes.to(weight.dtype) @ self.codebook(weight) if codes.is_floating_point() else self.codebook(weight)[codes]
+        signs = self.codebook(weight)
+        bits = codes.to(weight.dtype) @ signs if codes.is_floating_point() else signs[codes]
         side = math.isqrt(codes.shape[1])
         return self.decoder(bits.transpose(1, 2).unflatten(2, (side, side)))
 
@@ -1205,7 +1206,7 @@ def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype:
         tokenizer = read_show_o_tokenizer(folder, {**SHOW_O, **settings})
         vqmodel = load_magvit(magvit_folder(folder))
         if 2**vqmodel.bits != settings["codebook_size"]:
-            raise UserError(f"{folder}: {settings['codebook_size']} codes, but its image tokenizer has {2**vqmodel.bits}")
+            raise UserError(f"{folder}: {settings['codebook_size']} codes, but its image tokenizer {2**vqmodel.bits}")
         with torch.device("meta"):
             model = ShowO(settings, tokenizer, vqmodel)
     except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:

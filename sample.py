@@ -301,8 +301,8 @@ def choose_scored(
 ) -> Images:
     """The same images, with the choice of what is scored of a masked-diffusion trajectory. A Janus' stay as they are.
 
-    - "replay": each code given the canvas of the step that committed it; all steps, or `count` random ones of each
-      image, whose codes then count (all steps) / count times. The mean over these subsets is that over all steps.
+    - "replay": each code given the canvas of the step that committed it; all steps (`count` 0), or `count` random ones
+      of each image, whose codes then count (all steps) / count times. The subsets' mean is that over all steps.
     - "remask": each image's codes are masked anew at random, as many as in Show-o's pretraining (a share cos(pi/2 u) of
       them, u uniform), and scored all at once given the others: one pass, of a distribution they were not sampled from.
       Their old log-probs are then `model`'s, scored by image_logits(model, images, *scoring) with these very masks
@@ -312,7 +312,7 @@ def choose_scored(
         return images
     N, S = images.codes.shape[1], model.steps
     if estimator != "remask":
-        if count is None or count == S:
+        if not count or count == S:
             return images
         order = uniform_numbers(seeds, REPLAY, S, model.device).argsort(1)  # [B, S]
         replay = order[:, :count]

@@ -1,6 +1,7 @@
 """Self-improving SFT: a unified model draws, and learns from the known answer to a question about its own picture.
 
     torchrun sft.py                                    # the tiny Janus, two CPU cores, under ten minutes
+    torchrun sft.py --model tiny-show-o                # the tiny Show-o, which draws by mask-predict
     torchrun sft.py --mode end-to-end                  # through the image tokens, by straight-through Gumbel-softmax
     torchrun --nproc_per_node 8 sft.py --model janus-pro-1b --out runs/janus-sft
 
@@ -8,7 +9,8 @@ UniRL (Mao, Yang, Shou, arXiv 2505.23380), whose training code was never publish
 answer to its question is known. Two ways to learn from it:
 
 - `end-to-end`: cross-entropy of the known answer about the model's own picture, back-propagated through the picture:
-  answer <- trunk <- SigLIP <- pixels <- VQ decoder <- codebook <- relaxed one-hots <- generator.
+  answer <- trunk <- SigLIP <- pixels <- VQ decoder <- codebook <- relaxed one-hots <- generator in a Janus,
+  answer <- trunk <- relaxed one-hots <- generator in a Show-o.
 - `two-stage`: cross-entropy of the known answer, and cross-entropy of the image tokens of those own pictures whose
   answer came out right (expert iteration), from a buffer of recent ones.
 
@@ -22,7 +24,9 @@ How this differs from the paper, or fixes what the paper leaves open:
 4. End-to-end, a frozen copy of the starting model answers and passes the gradient on (--judge). The policy itself would
    at the same time be taught the known answers about pictures that do not show them, and forget how to see. Each
    picture's gradient is cut to a norm, or a few pictures would decide every step (--picture-clip).
-5. The detector of `evaluate.py` only measures. It selects no picture.
+5. A Show-o's image tokens are scored in the steps that committed them, a few random ones of each picture
+   (--replay-steps), or masked anew at random (--estimator remask), as grpo.py says.
+6. The detector of `evaluate.py` only measures. It selects no picture.
 
 Files in --out: as of grpo.py. Keys of a line of metrics.jsonl, all means over the step's trajectories unless said:
 
@@ -198,7 +202,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
     add("--estimator", choices=["replay", "remask"],
         help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
-    add("--replay-steps", type=positive(int), help="random ones that are replayed of a Show-o's (default: all)")
+    add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 2)")
     add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))

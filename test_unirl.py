@@ -3229,7 +3229,10 @@ def test_flags_without_meaning_are_refused(show_o, tiny):
             fill(show_o, *arguments)
     model = copy.deepcopy(show_o)
     args = fill(model, "--draw-steps", "7", "--replay-steps", "6")
-    assert (args.draw_steps, model.steps, args.freeze) == (7, 7, ["vqmodel"]) and fill(tiny).freeze == ["vision_model", "vqmodel"]
+    assert (args.draw_steps, model.steps, args.replay_steps, args.freeze) == (7, 7, 6, ["vqmodel"])
+    assert fill(show_o).replay_steps == 2 and fill(show_o, "--replay-steps", "0").replay_steps == 0
+    assert fill(show_o, "--estimator", "remask").replay_steps is None
+    assert fill(tiny).replay_steps is None and fill(tiny).freeze == ["vision_model", "vqmodel"]
 
 
 def test_prompt_longer_than_the_text_window_is_refused():
@@ -3486,7 +3489,7 @@ BAD_SHOW_O = {
     ),
     "more steps than tokens": (spoil_config(steps=10), "10 mask-predict steps.*9 tokens"),
     "another vocabulary": (spoil_config(vocab_size=304), "are not the 304 rows"),
-    "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer has 4"),
+    "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer 4"),
     "CLIP": (spoil_config(w_clip_vit=True), "copy: .*through CLIP"),
     "no number": (spoil_config(num_vq_tokens="nine"), "copy/config.json: not a Show-o configuration"),
     "missing tensor": (
@@ -3520,3 +3523,19 @@ def test_pictures_are_cut_to_show_os_square(saved_show_o, tmp_path):
     Image.fromarray(stripes).save(tmp_path / "wide.png")
     pixels = sample.read_image(model, tmp_path / "wide.png")
     assert pixels.shape == (1, 3, 6, 6) and (pixels[..., 1:-1] > 0.9).all()
+
+
+def test_grpo_runs_on_a_show_o(tmp_path):
+    """Two steps in the shapes world: on policy, a gradient, and a checkpoint that draws as it was trained to."""
+    magvit = {**SMALL_MAGVIT, **{key: [1, 1, 1] for key in SMALL_MAGVIT if key.endswith(("multipliers", "blocks"))}}
+    save(small_show_o(tokens=36, steps=3, guidance=1.0, world="shapes", vqmodel=MAGVITv2(magvit)), tmp_path / "show-o")
+    done = run_grpo(
+        "--model", tmp_path / "show-o", "--out", tmp_path / "run", "--steps", 2, "--prompts", 2, "--group", 2, *SHORT,
+        "--reward", "likelihood", "--draw-steps", 4, "--replay-steps", 2, "--max-tokens", 4,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = read_metrics(tmp_path / "run")
+    assert first["kl_image"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and first["rollout_difference"] < 1e-4
+    assert first["grad_norm"] > 0 and second["step"] == 2 and "4 mask-predict steps" in done.stdout
+    trained = load(str(tmp_path / "run" / "step_000002"))
+    assert trained.steps == 4 and not torch.equal(trained.lm_head.weight, load(str(tmp_path / "show-o")).lm_head.weight)

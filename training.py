@@ -120,16 +120,21 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
         raise UserError(f"--freeze {' '.join(args.freeze)}: {args.model} has {', '.join(parts)}")
 
 
+REPLAY_STEPS = 2  # of a Show-o's trajectory, unless --replay-steps says otherwise: each costs a pass there and back
+
+
 def fill_in_mask_predict(args: argparse.Namespace, model: UnifiedModel) -> None:
     """The values of the flags that only a Show-o knows; refuses them for a Janus."""
     use_draw_steps(model, args.draw_steps)
     args.draw_steps = model.steps
-    if model.steps is None and (args.estimator or args.replay_steps):
+    if model.steps is None and (args.estimator or args.replay_steps is not None):
         raise UserError("--estimator and --replay-steps have no meaning for a Janus, which scores every token at once")
     if args.estimator == "remask" and args.replay_steps:
         raise UserError("--replay-steps has no meaning with --estimator remask, which replays no steps")
     if args.replay_steps and args.replay_steps > model.steps:
         raise UserError(f"--replay-steps {args.replay_steps}: an image is drawn in {model.steps} steps (--draw-steps)")
+    if model.steps is not None and args.estimator != "remask" and args.replay_steps is None:
+        args.replay_steps = min(REPLAY_STEPS, model.steps)
 
 
 def open_run(args, rank: int) -> tuple[Path, int]:
@@ -258,7 +263,8 @@ def finish(args, before: dict, after: dict, records: list[dict], world: World, s
     report(records, out / "after.png")
     curves([out], out / "curves.png")
     print(table({"before": before, "after": after}))
+    steps = f"{args.draw_steps} mask-predict steps, " if args.draw_steps else ""
     print(f"{args.eval_images} images for each of {len(world.suite)} held-out prompts, guidance {args.guidance:g}, "
-          f"temperature {args.temperature:g}, evaluation seed 0; {seconds:.0f} s in all")
+          f"temperature {args.temperature:g}, {steps}evaluation seed 0; {seconds:.0f} s in all")
     print(f"look at {out}/curves.png, before.png and after.png; then: python sample.py \"{world.suite[0].prompt}\" "
           f"--model {out}/step_{args.steps:06d}")
