@@ -46,8 +46,9 @@ import transformers
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
+from checkpoint import NAMES, load
 from geneval import CLIP, COUNTING_THRESHOLD, DETECTOR, THRESHOLD, Detection, Detector, judge, load_detector
-from model import NAMES, UnifiedModel, UserError, load
+from model import UnifiedModel, UserError
 from reward import REAL, TAGS, Task, Vocabulary, geneval_metadata, geneval_suite, score, task_of
 from sample import (
     contact_sheet, non_negative, positive, read_image, run, sample_answers, sample_images, start_ranks, to_pixels,

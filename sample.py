@@ -33,7 +33,8 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import NAMES, Cache, Janus, ShowO, UnifiedModel, UserError, causal, load, positions_of, widen
+from checkpoint import NAMES, load
+from model import Cache, Janus, ShowO, UnifiedModel, UserError, causal, positions_of, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hot path: one step of the trunk, one draw

@@ -56,8 +56,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import NAMES, load, save
 from evaluate import evaluate, world_of
-from model import NAMES, PARTS, UnifiedModel, UserError, frozen_copy, load, save
+from model import PARTS, UnifiedModel, UserError, frozen_copy
 from reward import Task, draw_task, score, task_key
 from sample import (
     Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, k3, non_negative,

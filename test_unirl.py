@@ -42,17 +42,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+import checkpoint
 import evaluate as evaluate_module
 import geneval
 import grpo
 import model as model_module
 import sample
 import sft
+from checkpoint import chat_template, load, save
 from evaluate import evaluate, summarize, world_of
 from geneval import Detection, judge, load_detector
-from model import (
-    SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, chat_template, frozen_copy, generation_mask, load, save,
-)
+from model import SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, frozen_copy, generation_mask
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
     is_geneval_prompt, make_task, plural, score, task_key,
@@ -937,7 +937,7 @@ def test_hub_out_of_reach_is_one_line_that_says_what_to_do(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(model_module, "snapshot_download", unreachable)
+    monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
     for name, repository in (("janus-pro-1b", "deepseek-ai/Janus-Pro-1B"), ("some/model", "some/model")):
         with user_error(repository, "--model FOLDER"):
             load(name)
@@ -3364,19 +3364,19 @@ def test_the_published_magvit(magvit, tmp_path):
     assert not any(name.startswith(("encoder.down.4.downsample", "decoder.up.0.upsample")) for name in shapes_)
     folder = tmp_path / "magvitv2"
     folder.mkdir()
-    model_module.save_magvit(magvit, folder)
+    checkpoint.save_magvit(magvit, folder)
     tensors = load_file(folder / "pytorch_model.safetensors")
     tables = {"quantize.embedding": torch.zeros(32, 5), "quantize.power_vals": torch.zeros(5, dtype=torch.long)}
     save_file({**tensors, **tables}, folder / "pytorch_model.safetensors")
-    again = model_module.load_magvit(folder)
+    again = checkpoint.load_magvit(folder)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), magvit.state_dict().values()))
     save_file({**tensors, "encoder.extra": torch.zeros(1)}, folder / "pytorch_model.safetensors")
     with pytest.raises(UserError, match="encoder.extra"):
-        model_module.load_magvit(folder)
+        checkpoint.load_magvit(folder)
     del tensors["decoder.conv_out.bias"]
     save_file(tensors, folder / "pytorch_model.safetensors")
     with pytest.raises(UserError, match="decoder.conv_out.bias' is missing"):
-        model_module.load_magvit(folder)
+        checkpoint.load_magvit(folder)
 
 
 # ---- Show-o's checkpoints -------------------------------------------------------------------------------------------
@@ -3453,7 +3453,7 @@ def test_published_show_o_layout_loads_with_every_key_used(copy_of_show_o, saved
     (folder / "magvitv2").rename(hub["showlab/magvitv2"])
     phi = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
     phi.save_pretrained(hub["microsoft/phi-1_5"])
-    monkeypatch.setattr(model_module, "snapshot_download", lambda name, allow_patterns: str(hub[name]))
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, allow_patterns: str(hub[name]))
     again = load(str(folder))
     same_tensors(model, again)
     assert again.guidance == 5.0 and again.config.max_seq_length == 128 and left_to_the_code["steps"] == 4
@@ -3507,7 +3507,7 @@ def test_bad_show_o_is_refused_in_one_line(copy_of_show_o, fault, monkeypatch):
     def offline(*args, **settings):
         raise OSError("no network")
 
-    monkeypatch.setattr(model_module, "snapshot_download", offline)
+    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
     spoil, words = BAD_SHOW_O[fault]
     spoil(copy_of_show_o)
     with pytest.raises(UserError, match=words) as error:

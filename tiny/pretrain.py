@@ -1,6 +1,8 @@
-"""Pretrains the tiny Janus of `--model tiny` from nothing: text tokenizer, image tokenizer, then the unified model.
+"""Pretrains the tiny Janus of `--model tiny`, or the tiny Show-o of `--model tiny-show-o`, from nothing: text tokenizer,
+image tokenizer, then the unified model.
 
-    python -m tiny.pretrain --out tiny/janus            # two CPU cores; run again to resume
+    python -m tiny.pretrain                             # tiny/janus; two CPU cores; run again to resume
+    python -m tiny.pretrain --model show-o              # tiny/show-o
 
 The base that comes out is like the real ones: it understands far better than it draws. Real models know how to draw
 what they often fail to draw, because their captions were noisy. So here generation learns from clean captions until it
@@ -25,8 +27,9 @@ from tqdm import tqdm
 from transformers import JanusConfig, JanusProcessor, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
+from checkpoint import chat_template, load, save
 from evaluate import evaluate, table, world_of
-from model import Janus, VQModel, chat_template, load, save
+from model import SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel
 from reward import INVERSE, TAGS, Task, draw_task, make_task
 from sample import Images, answer_logits, encode_answers, image_logits, to_pixels, to_uint8, token_logprobs
 from tiny.world import GLYPHS, GRID, PALETTE, SIZE, VOCABULARY, detect, layout, paint
@@ -45,6 +48,16 @@ CONFIG = dict(
         num_res_blocks=1, projection_dim=128, num_hidden_layers=2, image_token_embed_dim=128,
     ),
     tie_word_embeddings=False,
+)
+SHOW_O = dict(
+    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=12, world="shapes", w_clip_vit=False,
+    phi_config=dict(
+        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=256,
+    ),
+)
+MAGVIT = dict(
+    channels=32, encoder_multipliers=[1, 1, 2], encoder_blocks=[1, 1, 1], decoder_multipliers=[1, 1, 2],
+    decoder_blocks=[1, 1, 1], bits=9,
 )
 
 
@@ -77,8 +90,9 @@ def same_patches(pixels: Tensor, side: int) -> Tensor:
 
 
 def centres_of(latents: Tensor, groups: Tensor) -> Tensor:
-    """The mean direction of every group's latents: [M, E] and [M] -> [groups, E], unit vectors."""
-    return F.normalize(torch.zeros(int(groups.max()) + 1, latents.shape[1]).index_add_(0, groups, latents), dim=-1)
+    """The mean of every group's latents: [M, E] and [M] -> [groups, E]."""
+    sums = torch.zeros(int(groups.max()) + 1, latents.shape[1]).index_add_(0, groups, latents)
+    return sums / torch.bincount(groups)[:, None]
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -109,13 +123,14 @@ def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
         pixels = to_pixels(random_scenes(64, rng)[0])
         latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)  # [B, E, h, w], on the sphere
         flat, groups = latents.permute(0, 2, 3, 1).flatten(0, 2), same_patches(pixels, side)  # [M, E], [M]
-        centres = centres_of(flat, groups)  # [groups, E]
+        centres = F.normalize(centres_of(flat, groups), dim=-1)  # [groups, E]
         if step == steps // 4:
             with torch.no_grad():
                 pictures = to_pixels(random_scenes(512, rng)[0])
                 points = torch.cat([F.normalize(vq.quant_conv(vq.encoder(p)), dim=1) for p in pictures.split(64)])
                 points = points.permute(0, 2, 3, 1).flatten(0, 2)
-                weight.copy_(kmeans(centres_of(points, same_patches(pictures, side)), len(weight), generator))
+                points = F.normalize(centres_of(points, same_patches(pictures, side)), dim=-1)
+                weight.copy_(kmeans(points, len(weight), generator))
         if step >= steps // 4:
             centres = vq.codebook()[(centres @ vq.codebook().T).argmax(-1)]
             codes = centres[groups].view(latents.shape[0], *latents.shape[2:], -1).permute(0, 3, 1, 2)  # as latents
@@ -133,14 +148,47 @@ def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
             log(stage="image tokenizer", step=step + 1, loss=loss.item(), **judge_image_tokenizer(vq))
 
 
+def train_lookup_free_tokenizer(vq: MAGVITv2, steps: int, seed: int, log) -> None:
+    """The same for Show-o's: reconstruction of tanh(latents) for a fifth of the steps, then straight through their
+    signs, those of each group of equal patches' mean, to which their latents are pulled. Over the groups of a batch every
+    bit is to be 1 as often as -1, and bits are to be independent: the entropy term of lookup-free quantisation."""
+    rng, groups_of = np.random.default_rng(seed), lambda pixels: same_patches(pixels, vq.stride)
+    optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    for step in tqdm(range(steps), desc="image tokenizer"):
+        pixels = to_pixels(random_scenes(64, rng)[0])
+        latents, groups = vq.encoder(pixels), groups_of(pixels)  # [B, bits, h, w], [B * h * w]
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B * h * w, bits]
+        centres = centres_of(flat, groups)  # [groups, bits]
+        signs = torch.where(centres > 0, 1.0, -1.0)[groups]  # [B * h * w, bits]
+        soft = torch.tanh(latents)
+        if step >= steps // 5:
+            hard = signs.view(len(pixels), *latents.shape[2:], -1).permute(0, 3, 1, 2)
+            soft = latents.clamp(-1.5, 1.5)
+            soft = soft + (hard - soft).detach()
+        pull = (flat - centres[groups].detach()).square().mean() * 4 + (flat - signs).square().mean()
+        bits = torch.tanh(centres)
+        together = (bits.T @ bits / len(bits)).fill_diagonal_(0.0)
+        spread = bits.mean(0).square().mean() + together.square().mean()
+        restored = vq.decoder(soft)
+        loss = F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels) + 0.05 * (pull + spread)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            log(stage="image tokenizer", step=step + 1, loss=loss.item(), **judge_image_tokenizer(vq))
+
+
 @torch.no_grad()
-def judge_image_tokenizer(vq: VQModel) -> dict[str, float]:
+def judge_image_tokenizer(vq: VQModel | MAGVITv2) -> dict[str, float]:
     """How often the detector reads a picture back through the codes, and the entropy (nats) of equal patches' codes."""
     images, contents = random_scenes(256, np.random.default_rng(7))
     pixels = to_pixels(images)
     codes = vq.encode(pixels)  # [B, N]
     side = SIZE // math.isqrt(codes.shape[1])
-    counts = torch.zeros(pixels.shape[0] * codes.shape[1], len(vq.codebook()))
+    counts = torch.zeros(pixels.shape[0] * codes.shape[1], int(codes.max()) + 1)
     counts.index_put_((same_patches(pixels, side), codes.flatten()), torch.ones(codes.numel()), accumulate=True)
     sizes = counts.sum(1, keepdim=True)
     entropy = -torch.special.xlogy(counts, counts / sizes.clamp(min=1)).sum(1)
@@ -156,12 +204,8 @@ def judge_image_tokenizer(vq: VQModel) -> dict[str, float]:
 # The text tokenizer
 
 
-def build_processor(seed: int) -> JanusProcessor:
-    """Byte-level BPE over the world's prompts, questions and answers in Janus-Pro's turns; any text can be encoded."""
-    special = {
-        "bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>",
-    }
-    tags = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+def train_text_tokenizer(special: list[str], seed: int) -> Tokenizer:
+    """Byte-level BPE over the world's prompts, questions and answers; any text can be encoded."""
     rng = np.random.default_rng(seed)
     tasks = [draw_task(VOCABULARY, rng) for _ in range(5000)]
     texts = [text for task in tasks for text in (task.prompt, f"\n{task.question}", task.answer + "\n\n")]
@@ -170,11 +214,20 @@ def build_processor(seed: int) -> JanusProcessor:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    names = [*special.values(), *tags.values(), "<|User|>", "<|Assistant|>"]
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=CONFIG["text_config"]["vocab_size"], special_tokens=names, show_progress=False,
+        vocab_size=CONFIG["text_config"]["vocab_size"], special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ))
+    return tokenizer
+
+
+def build_processor(seed: int) -> JanusProcessor:
+    """Text tokenizer in Janus-Pro's turns, and the preprocessing of pictures."""
+    special = {
+        "bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>",
+    }
+    tags = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = train_text_tokenizer([*special.values(), *tags.values(), "<|User|>", "<|Assistant|>"], seed)
     begin = special["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
@@ -189,13 +242,23 @@ def build_processor(seed: int) -> JanusProcessor:
     )
 
 
+def build_show_o_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Text tokenizer as Phi's, with one token that begins and ends, and then Show-o's own."""
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_text_tokenizer([end], seed), bos_token=end, eos_token=end, pad_token="[PAD]"
+    )
+    tokenizer.add_tokens(list(SHOW_O_TOKENS), special_tokens=True)
+    return tokenizer
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The unified model
 
 # How often each category is drawn. Positions and pairs of colors are learned last, and a judge that is wrong about them
 # would be exploited by reinforcement learning, so understanding sees more of them.
 DRAWING = dict(zip(TAGS, (0.5, 1, 1.5, 1.5, 1.5, 5)))
-UNDERSTANDING = dict(zip(TAGS, (1, 1, 2, 1, 5, 8)))
+UNDERSTANDING = dict(zip(TAGS, (1, 1, 3, 1, 5, 8)))
 
 
 CELLS = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
@@ -226,7 +289,7 @@ class Pool:
 
 
 @torch.no_grad()
-def make_pool(model: Janus, count: int, rng: np.random.Generator) -> Pool:
+def make_pool(model: UnifiedModel, count: int, rng: np.random.Generator) -> Pool:
     """`count` scenes, categories in the proportions of DRAWING."""
     tasks = draw_tasks(count, DRAWING, rng)
     scenes = [layout(task, rng) for task in tasks]
@@ -238,7 +301,7 @@ def make_pool(model: Janus, count: int, rng: np.random.Generator) -> Pool:
     return Pool(tasks, scenes, torch.cat(codes), torch.cat(restored))
 
 
-def drawing_loss(model: Janus, tasks: list[Task], codes: Tensor, noise: float, rng: np.random.Generator) -> Tensor:
+def drawing_loss(model: UnifiedModel, tasks: list[Task], codes: Tensor, noise: float, rng: np.random.Generator) -> Tensor:
     """Cross-entropy of the codes given their captions: a share `noise` of these swapped for another of the category, a
     tenth replaced by the guidance's empty prompt."""
     captions = [draw_task(VOCABULARY, rng, tag=t.tag).prompt if rng.random() < noise else t.prompt for t in tasks]
@@ -246,6 +309,11 @@ def drawing_loss(model: Janus, tasks: list[Task], codes: Tensor, noise: float, r
     empty = torch.from_numpy(rng.random(len(tasks)) < 0.1)[:, None]
     blank, blank_mask = model.unconditional(ids, mask)
     ids, mask = blank.where(empty, ids), blank_mask.where(empty, mask)
+    if isinstance(model, ShowO):  # of those masked: a share of cos(pi / 2 u), as the sampler's schedule has it
+        share = torch.from_numpy(np.cos(np.pi / 2 * rng.random(len(codes))))[:, None]
+        masked = torch.from_numpy(rng.random(codes.shape)).argsort(1) < (share * codes.shape[1]).ceil()
+        logits = model.generation_head(model.canvas_hidden(ids, mask, codes, ~masked))
+        return -token_logprobs(logits, codes)[masked].mean()
     logits = image_logits(model, Images(codes, None, ids, mask), guidance=1, temperature=1)
     return -token_logprobs(logits, codes).mean()
 
@@ -271,10 +339,11 @@ def ask(task: Task, scene: list[tuple[str, str, int]], rng: np.random.Generator)
 
 
 def understanding_loss(
-    model: Janus, probe: torch.nn.Linear, pool: Pool, count: int, rng: np.random.Generator
+    model: UnifiedModel, probe: torch.nn.Linear, pool: Pool, count: int, rng: np.random.Generator
 ) -> Tensor:
     """Cross-entropy of the known answers about true pictures, a third of them as the image tokenizer restores them;
-    plus that of what each patch holds, read by a linear probe off the aligner, which teaches the encoder to see."""
+    plus, for a Janus, that of what each patch holds, read by a linear probe off the aligner, which teaches its encoder
+    to see. (A Show-o sees codes.)"""
     old = rng.choice(len(pool.tasks), size=count // 3, replace=False)
     tasks = draw_tasks(count - len(old), UNDERSTANDING, rng)
     scenes = [layout(task, rng) for task in tasks]
@@ -285,6 +354,8 @@ def understanding_loss(
     answers, mask = encode_answers(model, list(known))
     logits = answer_logits(model, pixels, list(questions), answers)
     answer_loss = -token_logprobs(logits, answers)[mask].mean()
+    if isinstance(model, ShowO):
+        return answer_loss
     classes = torch.from_numpy(np.stack([cell_classes(scene) for scene in scenes]))
     return answer_loss + 0.3 * F.cross_entropy(probe(model.image_features(pixels)).flatten(0, 1), classes.flatten())
 
@@ -296,7 +367,7 @@ def learning_rate(step: int, args) -> float:
     return (0.5 if noisy else 1.0) * args.lr * min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / length))
 
 
-def train_model(model: Janus, args, state: Path, log) -> None:
+def train_model(model: UnifiedModel, args, state: Path, log) -> None:
     """Both directions together, for `args.steps` steps; its state goes into `state` every 200 steps."""
     probe = torch.nn.Linear(CONFIG["text_config"]["hidden_size"], 1 + len(GLYPHS) * len(PALETTE))
     weights = [p for name, p in model.named_parameters() if not name.startswith("vqmodel.")] + list(probe.parameters())
@@ -315,7 +386,7 @@ def train_model(model: Janus, args, state: Path, log) -> None:
         chosen = rng.choice(len(pool.tasks), size=args.batch, replace=False)
         noise = args.caption_noise if step >= args.clean else 0.0
         drawing = drawing_loss(model, [pool.tasks[i] for i in chosen], pool.codes[chosen], noise, rng)
-        understanding = understanding_loss(model, probe, pool, args.batch // 2, rng)
+        understanding = understanding_loss(model, probe, pool, args.asked, rng)
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.zero_grad()
         (drawing + understanding).backward()
@@ -334,30 +405,39 @@ def train_model(model: Janus, args, state: Path, log) -> None:
             tqdm.write(table({"guided": scores}))
 
 
-def new_model(args, work: Path, log) -> Janus:
+def new_model(args, work: Path, log) -> UnifiedModel:
     """Random weights around an image tokenizer, which is trained first unless an earlier call did."""
     torch.manual_seed(args.seed)
-    config = JanusConfig(**CONFIG, world="shapes")
-    model = Janus(config, build_processor(args.seed), args.guidance)
-    config.image_token_id = model.tokenizer.convert_tokens_to_ids(model.tokenizer.image_token)
+    if args.model == "janus":
+        config = JanusConfig(**CONFIG, world="shapes")
+        model = Janus(config, build_processor(args.seed), args.guidance)
+        config.image_token_id = model.tokenizer.convert_tokens_to_ids(model.tokenizer.image_token)
+    else:
+        tokenizer = build_show_o_tokenizer(args.seed)
+        rows = len(tokenizer) + SHOW_O["codebook_size"] + 1
+        settings = {**SHOW_O, "vocab_size": rows, "llm_vocab_size": len(tokenizer), "guidance": args.guidance}
+        model = ShowO(settings, tokenizer, MAGVITv2(MAGVIT))
     for module in model.modules():  # the usual small start; the image tokenizer keeps PyTorch's
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             torch.nn.init.normal_(module.weight, std=0.02)
-    tokenizer = work / "image_tokenizer.safetensors"
-    if not tokenizer.exists():
-        train_image_tokenizer(model.vqmodel, args.tokenizer_steps, args.seed, log)
-        save_file(model.vqmodel.state_dict(), tokenizer)
-    model.vqmodel.load_state_dict(load_file(tokenizer))
+    path = work / "image_tokenizer.safetensors"
+    if not path.exists():
+        train = train_image_tokenizer if args.model == "janus" else train_lookup_free_tokenizer
+        train(model.vqmodel, args.tokenizer_steps, args.seed, log)
+        save_file(model.vqmodel.state_dict(), path)
+    model.vqmodel.load_state_dict(load_file(path))
     return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="pretrain the tiny Janus; run again to resume")
-    parser.add_argument("--out", default="tiny/janus", help="checkpoint folder (default: tiny/janus)")
+    parser = argparse.ArgumentParser(description="pretrain a tiny model; run again to resume")
+    parser.add_argument("--model", choices=["janus", "show-o"], default="janus", help="(default: janus)")
+    parser.add_argument("--out", help="checkpoint folder (default: tiny/janus or tiny/show-o)")
     parser.add_argument("--start", metavar="FOLDER", help="go on from this checkpoint's weights")
     parser.add_argument("--tokenizer-steps", type=int, default=700, help="of the image tokenizer")
     parser.add_argument("--steps", type=int, default=4700, help="of the unified model")
-    parser.add_argument("--batch", type=int, default=96, help="pictures drawn a step, and twice as many as asked about")
+    parser.add_argument("--batch", type=int, default=96, help="pictures drawn a step")
+    parser.add_argument("--asked", type=int, default=48, help="pictures asked about a step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--clean", type=int, default=4000, help="first steps, in which every caption is right")
     parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
@@ -365,6 +445,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0, help="the checkpoint's default guidance")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.out = args.out or f"tiny/{args.model}"
     work = Path(args.out + ".work")
     work.mkdir(parents=True, exist_ok=True)
 
