@@ -9,6 +9,7 @@ Show-o is read and written in its own. Every tensor is used or named, files are 
 is unpickled but tensors.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -411,30 +412,81 @@ def check_tensors(folder: Path, expected: dict[str, Tensor], found: dict[str, Te
             raise UserError(f"{folder}: tensor {name!r} has shape {shapes}")
 
 
-def save(model: UnifiedModel, folder: str | os.PathLike, extra: dict[str, dict] | None = None) -> None:
-    """Writes the model beside `folder` and then renames it, so that `folder` is whole or not there: a Janus in the
-    transformers layout, a Show-o in its own. `extra`: file names and what torch.save puts into them, such as an
-    optimizer's state."""
+MANIFEST = "manifest.json"  # of a checkpoint that a run can be resumed from: every file's sha256
+
+
+def save(
+    model: UnifiedModel, folder: str | os.PathLike, files: dict[str, dict] | None = None,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes the model beside `folder`, flushes it to the disk and then renames it, so that `folder` is whole or not
+    there: a Janus in the transformers layout, a Show-o in its own.
+
+    Args:
+        files: more files by their names, of tensors (*.safetensors) or JSON; with them comes MANIFEST.
+        tensors: the model's weights, where they are not those that it holds (sharded, or with adapters).
+    """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (write_janus if isinstance(model, Janus) else write_show_o)(model, temporary)
-    for name, content in (extra or {}).items():
-        torch.save(content, temporary / name)
-    for path in temporary.rglob("*"):  # on the disk before the name says so
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    write = write_janus if isinstance(model, Janus) else write_show_o
+    write(model, temporary, model.state_dict() if tensors is None else tensors)
+    for name, content in (files or {}).items():
+        (temporary / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".safetensors"):
+            save_file(content, temporary / name)
+        else:
+            (temporary / name).write_text(json.dumps(content))
+    if files:
+        sums = {str(path.relative_to(temporary)): sha256(path) for path in temporary.rglob("*") if path.is_file()}
+        (temporary / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
+    for path in (*temporary.rglob("*"), temporary):  # on the disk before the name says so
+        flush(path)
+    old = folder.with_name(folder.name + ".old.partial")
+    if folder.exists():
+        folder.rename(old)
     temporary.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def write_janus(model: Janus, folder: Path) -> None:
+def flush(path: Path) -> None:
+    """A file's content, or which names a folder has, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_manifest(folder: Path) -> None:
+    """Raises UserError that names the first file of a checkpoint which is missing, is not what was written, or was not
+    written by `save`."""
+    sums = read_json(folder / MANIFEST).get("sha256")
+    if not isinstance(sums, dict):
+        raise UserError(f"{folder / MANIFEST}: holds no checksums")
+    for name, known in sums.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing")
+        if sha256(folder / name) != known:
+            raise UserError(f"{folder / name}: is not what was saved (its sha256 differs)")
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".json", ".safetensors") and name not in sums and name != MANIFEST:
+            raise UserError(f"{path}: is not in {MANIFEST}")
+
+
+def write_janus(model: Janus, folder: Path, state: dict[str, Tensor]) -> None:
     """Weights in safetensors, sharded above 5 GB; config, tokenizer, processor and generation config."""
     config, tokens = model.config, model.tokenizer
     config.architectures = ["JanusForConditionalGeneration"]
-    config.dtype = model.lm_head.weight.dtype
+    config.dtype = state["lm_head.weight"].dtype
     config.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     GenerationConfig(
@@ -445,19 +497,19 @@ def write_janus(model: Janus, folder: Path) -> None:
         pad_token_id=tokens.pad_token_id,
         generation_kwargs={"boi_token_id": tokens.convert_tokens_to_ids(tokens.boi_token)},
     ).save_pretrained(folder)
-    tensors = {n if n == "lm_head.weight" else f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
+    tensors = {n if n == "lm_head.weight" else f"model.{n}": t.contiguous() for n, t in state.items()}
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     save_torch_state_dict(tensors, folder)
 
 
-def write_show_o(model: ShowO, folder: Path) -> None:
+def write_show_o(model: ShowO, folder: Path, state: dict[str, Tensor]) -> None:
     """What Show-o's own class writes and opens, and beside it both tokenizers, so that the folder needs no other."""
     settings = {"_class_name": "Showo", "w_clip_vit": False, "mask_token_id": model.mask_id, **vars(model.config),
                 "guidance": model.guidance, "steps": model.steps}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     back = [(new, old) for old, new in SHOW_O_NAMES]
-    tensors = {rename(n, back): t.contiguous() for n, t in model.state_dict().items() if not n.startswith("vqmodel.")}
+    tensors = {rename(n, back): t.contiguous() for n, t in state.items() if not n.startswith("vqmodel.")}
     save_file(tensors, folder / "pytorch_model.safetensors", metadata={"format": "pt"})  # one file, without an index
     model.tokenizer.save_pretrained(folder)
     (folder / "magvitv2").mkdir()

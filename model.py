@@ -77,6 +77,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cache, slots) -> Tensor:
     """Attention [B, T, H * d] of queries [B, H, T, d] over keys and values [B, Hkv, T, d], or over all of the cache
     once these are written into its columns `slots` [T]."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotation, or a norm before it, is float32
     if cache is not None:
         keys, values = cache
         k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)  # [B, Hkv, S, d]
@@ -203,7 +204,7 @@ class PhiAttention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # [B, H, T, d]
         d = cos.shape[-1]
         q, k = (
-            torch.cat((rotate(y[..., :d], cos, sin), y[..., d:]), dim=-1).to(v.dtype)  # autocast norms in float32
+            torch.cat((rotate(y[..., :d], cos, sin), y[..., d:]), dim=-1)
             for y in (self.q_layernorm(q), self.k_layernorm(k))
         )
         return self.dense(attend(q, k, v, mask, cache, slots))
@@ -880,7 +881,48 @@ def generation_mask(mask: Tensor, image: int) -> Tensor:
 
 def frozen_copy(model: UnifiedModel) -> UnifiedModel:
     """A copy of the whole model that never learns. The KL is to what it thinks through its *own* embeddings, aligners
-    and heads; what does not learn in the model either is shared, to save memory."""
-    parts = [part for part in model.children() if not any(weight.requires_grad for weight in part.parameters())]
-    shared = {id(part): part for part in (*parts, getattr(model, "processor", None), model.tokenizer, model.config)}
-    return copy.deepcopy(model, shared).requires_grad_(False)
+    and heads; weights that do not learn in the model either are shared, to save memory."""
+    kept = (*model.parameters(), *model.buffers())
+    shared = {id(weight): weight for weight in kept if not weight.requires_grad}
+    others = getattr(model, "processor", None), model.tokenizer, model.config
+    return copy.deepcopy(model, shared | {id(thing): thing for thing in others}).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Low-rank adapters (Hu et al. 2021)
+
+
+class Adapted(nn.Linear):
+    """A linear layer that stays as it is, plus a product of two thin matrices that learns. `lora_up` starts at zero, so that
+    an untouched adapter changes nothing."""
+
+    def __init__(self, layer: nn.Linear, rank: int, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        down = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
+        self.lora_down = nn.Parameter(down.to(layer.weight.device))  # float32 whatever the layer's own weight is
+        self.lora_up = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.lora_down), self.lora_up)
+
+
+def add_adapters(model: UnifiedModel, rank: int) -> None:
+    """Freezes the model and gives every linear layer of its trunk an adapter, the same ones at every call."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parent in list(model.language_model.layers.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, Adapted(layer, rank, generator))
+
+
+def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with its adapters added into the weights that they belong to, in float32: an ordinary one."""
+    plain = {n: widen(t) if t.is_floating_point() else t for n, t in state.items() if ".lora_" not in n}
+    for name in state.keys() - plain:
+        layer, _, part = name.rpartition(".")
+        if part == "lora_up":
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + state[name] @ state[f"{layer}.lora_down"]
+    return plain

@@ -14,8 +14,9 @@ hedge, an "or", a question mark, an object of the vocabulary that is not in the 
 disagrees with a fact makes the answer worth 0 in both kinds. Words outside the lexicon are ignored.
 """
 
+import json
 import re
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -249,32 +250,36 @@ def geneval_metadata(task: Task) -> dict:
     return line | {"prompt": task.prompt}
 
 
+def check_facts(tag, facts, key: str) -> None:
+    """Raises ValueError saying what is wrong with a prompt's tag, or with the facts that stand under `key`."""
+    if tag not in TAGS:
+        raise ValueError(f"unknown tag {tag!r}: known are {', '.join(TAGS)}")
+    wanted = {"colors": {"color"}, "color_attr": {"color"}}.get(tag, set())
+    if not isinstance(facts, list) or len(facts) != (2 if tag in ("two_object", "position", "color_attr") else 1):
+        raise ValueError(f"a {tag} prompt cannot have these objects under {key}: {facts}")
+    for i, fact in enumerate(facts):
+        keys = {"class", "count"} | wanted | ({"position"} if tag == "position" and i == 1 else set())
+        if not isinstance(fact, dict) or fact.keys() != keys:
+            raise ValueError(f"{fact} under {key} should have the keys {', '.join(sorted(keys))}")
+        position = fact.get("position", ["above", 0])
+        if not isinstance(fact["class"], str) or not isinstance(fact["count"], int) or fact["count"] < 1:
+            raise ValueError(f"{fact} under {key}: class is a name, count a number of at least 1")
+        if not isinstance(position, list) or len(position) != 2 or position[0] not in INVERSE or position[1] != 0:
+            raise ValueError(f"position {position} is not one of {', '.join(INVERSE)} and 0")
+    if not 1 <= facts[0]["count"] < len(NUMBERS):
+        raise ValueError(f"count {facts[0]['count']} has no number word here")
+
+
 def task_of(metadata: dict) -> Task:
     """The task of a line of metadata, whoever wrote it: geneval_metadata backwards.
 
     Raises:
         ValueError: saying what in the line is not as it should be.
     """
-    tag = metadata.get("tag")
-    if tag not in TAGS:
-        raise ValueError(f"unknown tag {tag!r}: known are {', '.join(TAGS)}")
+    tag, facts = metadata.get("tag"), metadata.get("include")
     if not isinstance(metadata.get("prompt"), str):
         raise ValueError("no prompt")
-    facts = metadata.get("include")
-    wanted = {"colors": {"color"}, "color_attr": {"color"}}.get(tag, set())
-    if not isinstance(facts, list) or len(facts) != (2 if tag in ("two_object", "position", "color_attr") else 1):
-        raise ValueError(f"a {tag} prompt cannot have these objects under include: {facts}")
-    for i, fact in enumerate(facts):
-        keys = {"class", "count"} | wanted | ({"position"} if tag == "position" and i == 1 else set())
-        if not isinstance(fact, dict) or fact.keys() != keys:
-            raise ValueError(f"{fact} under include should have the keys {', '.join(sorted(keys))}")
-        position = fact.get("position", ["above", 0])
-        if not isinstance(fact["class"], str) or not isinstance(fact["count"], int) or fact["count"] < 1:
-            raise ValueError(f"{fact} under include: class is a name, count a number of at least 1")
-        if not isinstance(position, list) or len(position) != 2 or position[0] not in INVERSE or position[1] != 0:
-            raise ValueError(f"position {position} is not one of {', '.join(INVERSE)} and 0")
-    if not 1 <= facts[0]["count"] < len(NUMBERS):
-        raise ValueError(f"count {facts[0]['count']} has no number word here")
+    check_facts(tag, facts, "include")
     for fact in metadata.get("exclude", []):
         if not isinstance(fact, dict) or not {"class", "count"} <= fact.keys():
             raise ValueError(f"{fact} under exclude needs class and count")
@@ -308,6 +313,78 @@ def is_geneval_prompt(prompt: str) -> bool:
     if tag == "counting":
         facts[0]["count"] = counts.pop()
     return tag is not None and _key(tag, facts) in _geneval_keys()
+
+
+# ---- the user's own prompts -------------------------------------------------------------------------
+
+def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable] = frozenset(),
+               check: Callable[[Task], None] = lambda task: None) -> tuple[list[Task], Vocabulary]:
+    """Tasks from JSON lines, and the vocabulary with the objects and colors that they add to it. A line:
+
+        {"tag": "position", "prompt": "A dog sits right of a teddy bear.",
+         "facts": [{"class": "teddy bear", "count": 1},
+                   {"class": "dog", "count": 1, "position": ["right of", 0]}],
+         "question": "Where is the dog?", "answer": "The dog is right of the teddy bear"}
+
+    `tag` is one of TAGS and says which facts are asked for; `facts` are objects as under GenEval's `include`: a `color`
+    for colors and color_attr, a `position` for the second object of position, relative to the first. `question` and
+    `answer` may be left out, and are then the tag's question and the facts' answer. Every answer must be right by
+    `score`, and no task may be one of GenEval's or have a key in `exclude`. `check` raises ValueError on one more fault.
+
+    Raises:
+        ValueError: that names every faulty line.
+    """
+    rows, faults = [], []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append((number, _own_task(line)))
+            except (ValueError, TypeError, RecursionError) as error:
+                faults.append((number, error))
+    facts = [fact for _, task in rows for fact in task.facts]
+    vocabulary = replace(
+        vocabulary, objects=_with(vocabulary.objects, (fact["class"] for fact in facts)),
+        colors=_with(vocabulary.colors, (fact["color"] for fact in facts if "color" in fact)))
+    for number, task in rows:
+        try:
+            if task_key(task) in _geneval_keys() or task_key(task) in exclude:
+                raise ValueError("asks for what a test prompt asks for")
+            if score(task.answer, task, vocabulary) != 1:
+                raise ValueError(f"its own answer {task.answer!r} does not state its facts, and would earn nothing")
+            check(task)
+        except ValueError as error:
+            faults.append((number, error))
+    if faults:
+        faults.sort(key=lambda fault: fault[0])
+        lines = [f"line {number}: {' '.join(str(error).split())[:300]}" for number, error in faults]
+        raise ValueError(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} faults", *lines]))
+    if not rows:
+        raise ValueError("holds no prompts")
+    return [task for _, task in rows], vocabulary
+
+
+def _own_task(line: bytes) -> Task:
+    """The task of one line. Raises ValueError saying what is wrong with it."""
+    entry = json.loads(line.decode())
+    if not isinstance(entry, dict):
+        raise ValueError("is no JSON object")
+    if unknown := entry.keys() - {"tag", "prompt", "question", "answer", "facts"}:
+        raise ValueError(f"unknown key {min(unknown)!r}: known are tag, prompt, question, answer, facts")
+    check_facts(entry.get("tag"), entry.get("facts"), "facts")
+    for fact in entry["facts"]:
+        for name in filter(None, (fact["class"], fact.get("color", "red"))):
+            if not re.fullmatch(r"[a-z]+( [a-z]+)*", name if isinstance(name, str) else ""):
+                raise ValueError(f"{name!r} is not a name in small letters, words separated by a space")
+    task = make_task(entry["tag"], entry["facts"])
+    texts = {key: entry[key] for key in ("prompt", "question", "answer") if key in entry}
+    for key, text in {"prompt": None, **texts}.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{key} is no text" if key in texts else f"has no {key}")
+    return replace(task, **texts)
+
+
+def _with(known: tuple[str, ...], more) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*known, *more)))
 
 
 # ---- reading an answer: words -> typed tokens -------------------------------------------------------

@@ -21,8 +21,9 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -517,16 +518,43 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def start_ranks() -> tuple[int, int, torch.device]:
-    """This process' rank, the number of ranks, and its device; joins the others when started by torchrun."""
+def start_ranks(patience: float = 600) -> tuple[int, int, torch.device]:
+    """This process' rank, the number of ranks, and its device; joins the others when started by torchrun. A rank that
+    waits for another one for more than `patience` seconds gives up (`run` says so)."""
     device = pick_device()
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=patience))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def agree(decide: Callable):
+    """What decide() gives on rank 0, on every rank; and so with its UserError."""
+    if not dist.is_initialized():
+        return decide()
+    result = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            result[0] = decide()
+        except UserError as error:
+            result[1] = str(error)
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise UserError(result[1])
+    return result[0]
+
+
+def first_to_say() -> bool:
+    """Whether no other rank has said yet why the run ends: every rank fails, and one says why."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("said why", 1) == 1
+    except RuntimeError:  # the rank that kept the count is gone
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,13 +586,22 @@ def non_negative(kind):
 
 
 def run(main) -> None:
-    """Calls main(); a user's mistake becomes one line on stderr and exit code 1, a programmer's keeps its traceback."""
+    """Calls main(); a user's mistake, or the loss of another rank, becomes one line on stderr and exit code 1, a
+    programmer's mistake keeps its traceback."""
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)  # every rank fails; one says why
+        sys.exit(f"error: {error}" if first_to_say() else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        if first_to_say():
+            reason = " ".join(str(error).split())[-120:]
+            print(f"error: rank {os.environ['RANK']} lost another rank, which died or was silent for too long (...{reason}); "
+                  "what is saved is whole: go on with --resume", file=sys.stderr, flush=True)
+        os._exit(1)  # the usual way out would wait for the lost rank
 
 
 def main() -> None:

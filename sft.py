@@ -39,12 +39,12 @@ Files in --out: as of grpo.py. Keys of a line of metrics.jsonl, all means over t
     rollout_difference     |log-prob of the training pass - of the sampler| a code
     entropy_image          of the policy's distribution of a code, nats
     grad_norm, lr, seconds gradient norm before clipping; learning rate; wall-clock seconds of the step
+    skipped                updates left out because loss or gradient were not finite
     memory                 GB this process has used at most: allocated on its GPU, or resident
     held_out               every --eval-every steps: overall detector score and understanding of held-out prompts
 """
 
 import argparse
-import json
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -56,17 +56,18 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import NAMES, load, save
+from checkpoint import NAMES
 from evaluate import evaluate, world_of
-from model import PARTS, UnifiedModel, UserError, frozen_copy
-from reward import Task, draw_task, score, task_key
+from model import PARTS, UnifiedModel, UserError
+from resume import Signals, load_optimizer, load_state, open_run, place, resumed, save_run
+from reward import Task, score
 from sample import (
     Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, k3, non_negative,
     positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
 )
 from training import (
-    contact_sheet_of, fill_in, finish, gather, learning_rate, load_optimizer, mean_rewards, open_run, peak_memory,
-    resumed, score_before, stop_unless_finite, update,
+    Health, compute_type, contact_sheet_of, fill_in, finish, gather, learning_rate, load_start, make_optimizer,
+    mean_rewards, peak_memory, prepare, refresh, score_before, task_stream, update, write_line,
 )
 
 MODES = ("two-stage", "end-to-end")
@@ -79,7 +80,10 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
 REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
-PATIENCE = 10  # steps in a row without a right answer ever, or with no gradient, before a run is stopped
+IDLE = (  # what is said to a run that learned nothing for a while
+    "no answer was right, or no gradient came back, so no image token learned anything. The task is hopeless or the "
+    "model collapsed at this setting: look at the samples; try another --guidance, or an earlier checkpoint"
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step's parts
@@ -186,12 +190,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=non_negative(int), default=0)
     add("--steps", type=positive(int), help=both("steps"))
     add("--save-every", type=positive(int), default=100, help="steps between checkpoints (default: 100)")
+    add("--keep", type=non_negative(int), default=3, help="checkpoints that stay, the last; 0: all (default: 3)")
     add("--eval-every", type=non_negative(int), help="steps between held-out scores, 0: never " + both("eval_every"))
     add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
     add("--no-compile", action="store_true", help="start at once, sample slower")
-    add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights stay float32")
+    add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
+    add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
+    add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts", type=positive(int), help="prompts a step, over all ranks " + both("prompts"))
+    add("--tasks", metavar="FILE", help="your own prompts, JSON lines as reward.read_tasks says, to train on")
     add("--group", type=positive(int), default=1, help="images a prompt (default: 1)")
     add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
     add("--guidance", type=non_negative(float), help="w (default: the checkpoint's)")
@@ -204,7 +212,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--estimator", choices=["replay", "remask"],
         help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
     add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 2)")
-    add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
+    add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps; with --lora ten times " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
     add("--image-weight", type=non_negative(float), help="of what image tokens learn from " + both("image_weight"))
@@ -218,16 +226,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", choices=["policy", "frozen"],
         help="who answers: the policy or its frozen start (default: frozen end-to-end, whose gradient it passes on)")
     add("--max-grad-norm", type=positive(float), default=1.0, help="(default: 1)")
+    add("--max-kl", type=non_negative(float), default=10.0,
+        help="nats an image token, above which a run is stopped, 0: none (default: 10)")
+    add("--entropy", type=non_negative(float), nargs=2, default=[0.002, 0.99], metavar=("LOW", "HIGH"),
+        help="of image tokens, as shares of that of noise, outside which a run is stopped (default: 0.002 0.99)")
+    add("--lora", type=positive(int), metavar="R", help="learn adapters of rank R of the trunk's linear layers instead")
     add("--freeze", nargs="*", choices=PARTS, metavar="PART",
         help=f"parts that stay as they are, of {', '.join(PARTS)} (default: those that it has of vision_model vqmodel)")
     add("--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing " + both("recompute"))
     args = parser.parse_args(argv)
+    if args.resume:
+        args = resumed(parser, args, "sft.py")
     if args.caption_dropout > 1:
         parser.error(f"--caption-dropout {args.caption_dropout:g} is not a share: give at most 1")
     if args.image_weight == args.answer_weight == 0:
         parser.error("--image-weight and --answer-weight are both 0: nothing would be trained")
-    if args.resume:
-        return resumed(args, "sft.py")
     args.script, args.mode = "sft.py", args.mode or "two-stage"
     return args
 
@@ -237,36 +250,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    rank, ranks, device = start_ranks()
-    policy = load(args.model, device)
+    rank, ranks, device = start_ranks(args.timeout)
+    policy = load_start(args, device)
     world = world_of(policy)
     two_stage, end_to_end = (TINY, TINY_END_TO_END) if world.detect else (REAL, REAL_END_TO_END)
     fill_in(args, two_stage if args.mode == "two-stage" else end_to_end, policy, ranks)
     if not args.answer_weight and not args.image_weight:
         raise UserError("--image-weight and --answer-weight are both 0: nothing would be trained")
-    for part in args.freeze:
-        policy.get_submodule(part).requires_grad_(False)
-    policy.recompute(args.recompute)
-    reference = frozen_copy(policy)
-    out, start = open_run(args, rank)
-    if start:
-        policy.load_state_dict(load(str(out / f"step_{start:06d}")).state_dict())
-    judge = reference if args.judge == "frozen" else policy
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    draw_task, vocabulary = task_stream(args, policy, world)
+    out, start = open_run(args, policy)
+    signals = Signals(args, device)
+    checkpoint = place(out, start) if start else None
+    reference, sampler = prepare(policy, args, device, checkpoint)
+    judge, asked = (reference, reference) if args.judge == "frozen" else (policy, sampler)  # to learn from, to answer
+    optimizer, state = make_optimizer(policy, args), {}
     buffer = deque(maxlen=args.replay)  # of right pictures, the newest
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if start:
-        load_optimizer(optimizer, out / f"step_{start:06d}")
-        saved = torch.load(out / f"step_{start:06d}" / "buffer.pt", device, weights_only=True)
-        buffer.extend(map(Kept, saved["prompts"], saved["codes"], saved["steps"]))
-    compute = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 or device.type == "cuda")
-    held_out = frozenset(task_key(task) for task in world.suite)
-    began, idle, compiled = time.time(), 0, not args.no_compile
+    if checkpoint:
+        load_optimizer(optimizer, policy, checkpoint)
+        state, pictures = load_state(checkpoint)
+        if pictures:
+            buffer.extend(map(Kept, state["prompts"], pictures["codes"].to(device), pictures["steps"].to(device)))
+    health = Health(args, policy.num_codes, state.get("health"))
+    dtype = compute_type(args, device)
+    compute = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    began, compiled = time.time(), not args.no_compile
 
     def measure(name: str, images: int) -> tuple[dict, list[dict]]:
+        refresh(sampler, policy)
         with compute:
             return evaluate(
-                policy, world, args.guidance, args.temperature, images, 0, args.micro_batch, compiled, progress=name
+                sampler, world, args.guidance, args.temperature, images, 0, args.micro_batch, compiled, progress=name
             )
 
     if rank == 0 and compiled:
@@ -274,24 +287,25 @@ def main() -> None:
     before = score_before(out, rank, lambda: measure("before", args.eval_images))
 
     bar = tqdm(range(start, args.steps), "sft", args.steps, initial=start, disable=None if rank == 0 else True)
-    for step in bar:
+    for step in signals.during(bar):
         clock = time.time()
         # 1. Draw prompts whose facts are known, the same on every rank; this rank takes its share of the trajectories.
         rng = np.random.default_rng((args.seed, step))
-        tasks = [draw_task(world.vocabulary, rng, held_out) for _ in range(args.prompts)]
+        tasks = [draw_task(rng) for _ in range(args.prompts)]
         tasks = [task for task in tasks for _ in range(args.group)]
         seeds = rng.integers(2**62, size=len(tasks)).tolist()
         share = len(tasks) // ranks
         starts = range(rank * share, (rank + 1) * share, args.micro_batch)
         rows = [slice(first, first + args.micro_batch) for first in starts]
 
+        refresh(sampler, policy)
         with compute:
             # 2. Draw an image for every trajectory and answer its question about it.
-            rollouts = [roll_out(policy, judge, tasks[part], seeds[part], args) for part in rows]
+            rollouts = [roll_out(sampler, asked, tasks[part], seeds[part], args) for part in rows]
 
             # 3. Which answers are right?
             mine = [
-                score(text, task, world.vocabulary) for r in rollouts for text, task in zip(r.answers.texts, r.tasks)
+                score(text, task, vocabulary) for r in rollouts for text, task in zip(r.answers.texts, r.tasks)
             ]
             rewards = gather(torch.tensor(mine, device=device))  # [prompts * group]
 
@@ -308,18 +322,15 @@ def main() -> None:
                 replay = [(again[part], dropped[part].to(device)) for part in rows]
 
         # 5. Learn the known answers, and what led to right ones.
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         objectives = [
             partial(objective, policy, judge, reference, rollout, *part, args)
             for rollout, part in zip(rollouts, replay)
         ]
-        means = update(optimizer, weights, objectives, len(tasks), args.max_grad_norm, compute)
-        stop_unless_finite(means, rollouts, out, rank, step)
+        means = update(optimizer, objectives, len(tasks), learning_rate(step, args), args.max_grad_norm, compute)
 
         # 6. Log, look, measure, save.
         line = {
             "step": step + 1, **mean_rewards(tasks, rewards.tolist()), "buffer": len(buffer), **means,
-            "lr": optimizer.param_groups[0]["lr"],
         }
         last = step + 1 == args.steps
         if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
@@ -328,27 +339,23 @@ def main() -> None:
             bar.set_postfix_str(f"held-out {line['held_out']['generation'] or 0:.3f}")
         line |= {"seconds": time.time() - clock, "memory": peak_memory(device)}
         if rank == 0:
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            write_line(out, line)
             bar.set_description(f"sft, self-reward {line['reward']:.2f}")
             if step == 0 or (step + 1) % 25 == 0 or last:
-                contact_sheet_of(policy, rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
-            if (step + 1) % args.save_every == 0 or last:
-                pictures = {"prompts": [kept.prompt for kept in buffer], "codes": [kept.codes for kept in buffer],
-                            "steps": [kept.steps for kept in buffer]}
-                extra = {"optimizer.pt": optimizer.state_dict(), "buffer.pt": pictures}
-                save(policy, out / f"step_{step + 1:06d}", extra)
-        idle = idle + 1 if means["grad_norm"] == 0 or args.mode == "two-stage" and not buffer else 0
-        if idle == PATIENCE:
-            raise UserError(
-                f"stopped at step {step + 1}: for {PATIENCE} steps no answer was right, or no gradient came back, so "
-                "no image token learned anything. The task is hopeless or the model collapsed at this setting: look at "
-                "the samples; try another --guidance, or an earlier checkpoint"
-            )
-
-    after, records = measure("after", args.eval_images)
-    if rank == 0:
-        finish(args, before, after, records, world, time.time() - began)
+                contact_sheet_of(sampler, rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
+        health.check(line, means["grad_norm"] == 0 or args.mode == "two-stage" and not buffer, IDLE, rollouts, rank)
+        stop = signals.stop()
+        if (step + 1) % args.save_every == 0 or last or stop:
+            state = {"health": health.counts, "prompts": [kept.prompt for kept in buffer]}
+            pictures = {key: torch.stack([getattr(kept, key) for kept in buffer]) for key in ("codes", "steps") if buffer}
+            save_run(policy, optimizer, out, step + 1, args.keep, state, pictures or None)
+        if stop:
+            signals.say(f"stopped after step {step + 1}, which is saved")
+            break
+    else:
+        after, records = measure("after", args.eval_images)
+        if rank == 0:
+            finish(args, before, after, records, world, time.time() - began)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -400,8 +400,9 @@ def test_save_replaces_what_was_there_and_keeps_the_extra(janus, tmp_path):
     folder = tmp_path / "step"
     folder.mkdir()
     (folder / "stale").touch()
-    save(janus, folder, {"state.pt": {"step": 7}})
-    assert torch.load(folder / "state.pt", weights_only=True) == {"step": 7}
+    save(janus, folder, {"more/state.json": {"step": 7}, "more.safetensors": {"a": torch.ones(2)}})
+    assert json.loads((folder / "more" / "state.json").read_text()) == {"step": 7}
+    assert load_file(folder / "more.safetensors")["a"].tolist() == [1, 1]
     assert not (folder / "stale").exists()
     assert os.listdir(tmp_path) == ["step"]
 

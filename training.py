@@ -1,27 +1,141 @@
-"""What sft.py and grpo.py share: one optimizer step over all ranks, and the folder of a run.
+"""What sft.py and grpo.py share: whole or sharded models, one optimizer step over all ranks, what stops a run, and
+what its folder shows.
 
 Nothing here knows which of the two is running. A run's folder holds args.json (its flags), metrics.jsonl (a line a step),
-samples/ (contact sheets), step_*/ (checkpoints), before.json and before.png (scores of the starting point), and at the
-end after.png, curves.png and summary.json.
+samples/ (contact sheets), step_*/ (checkpoints, resume.py), before.json and before.png (scores of the starting point),
+and at the end after.png, curves.png and summary.json.
 """
 
 import argparse
+import copy
 import json
+import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from checkpoint import load, sha256
 from evaluate import World, report, table, write_json
-from model import UnifiedModel, UserError
-from reward import Task
+from model import UnifiedModel, UserError, add_adapters, frozen_copy, merged
+from resume import load_adapters, whole
+from reward import Task, Vocabulary, draw_task, read_tasks, task_key
 from sample import contact_sheet, to_uint8, use_draw_steps
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models of a run: all on every rank, or their trunks' blocks in shards; all weights learn, or adapters
+
+
+def load_start(args: argparse.Namespace, device: torch.device) -> UnifiedModel:
+    """The starting model, float32; on the CPU where it is still to be sharded, as it may not fit a GPU whole."""
+    if args.shard and not dist.is_initialized():
+        raise UserError("--shard has no ranks to share between: start it with torchrun")
+    try:
+        return load(args.model, "cpu" if args.shard else device)
+    except UserError as error:
+        if args.resume:
+            raise UserError(f"{args.resume}: a run goes on only with its starting model, which the KL is to: {error}") from None
+        raise
+
+
+def compute_type(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """What is computed in, while the weights that learn are float32."""
+    return torch.bfloat16 if args.bf16 or device.type == "cuda" else torch.float32
+
+
+def prepare(
+    policy: UnifiedModel, args: argparse.Namespace, device: torch.device, folder: Path | None
+) -> tuple[UnifiedModel, UnifiedModel]:
+    """Makes the starting model the policy: parts frozen, adapters, the weights of the checkpoint in `folder`, shards.
+
+    Returns the reference (the starting model) and the sampler (the policy as a model that draws and answers without
+    another rank: itself, unless it is sharded; see `refresh`).
+    """
+    for part in args.freeze:
+        policy.get_submodule(part).requires_grad_(False)
+    policy.recompute(args.recompute)
+    if args.lora:
+        policy.requires_grad_(False)
+        if not args.shard:  # no copy of what stays as it is learns, so it need not be float32
+            policy.language_model.layers.to(compute_type(args, device))
+    reference = frozen_copy(policy)  # with --lora of the same tensors
+    if folder and not args.lora:
+        policy.load_state_dict(load(str(folder)).state_dict())
+    sampler = sampler_of(policy, compute_type(args, device)) if args.shard else policy
+    if args.lora:
+        add_adapters(policy, args.lora)
+        if folder:
+            load_adapters(policy, folder)
+    if args.shard:
+        shard(policy, compute_type(args, device), device)
+        if args.judge == "frozen":  # it answers, which takes another number of passes on every rank, so it stays whole
+            reference.language_model.layers.to(compute_type(args, device))
+        else:
+            shard(reference, compute_type(args, device), device)
+        for model in (policy, reference, sampler):
+            model.to(device)
+    return reference, sampler
+
+
+def sampler_of(policy: UnifiedModel, dtype: torch.dtype) -> UnifiedModel:
+    """A second model of the policy's own tensors, but for its trunk's blocks, of which it has a copy in `dtype`."""
+    blocks = {id(weight) for weight in policy.language_model.layers.parameters()}
+    shared = [weight for weight in (*policy.parameters(), *policy.buffers()) if id(weight) not in blocks]
+    shared += [getattr(policy, "processor", None), policy.tokenizer, policy.config]
+    sampler = copy.deepcopy(policy, {id(thing): thing for thing in shared})
+    sampler.language_model.layers.requires_grad_(False).to(dtype)
+    return sampler
+
+
+@torch.no_grad()
+def refresh(sampler: UnifiedModel, policy: UnifiedModel) -> None:
+    """Gives the sampler the policy's weights as they are now, each gathered once; nothing where they are one."""
+    if sampler is not policy:
+        for mine, block in zip(sampler.language_model.layers, policy.language_model.layers):
+            mine.load_state_dict(merged({name: whole(weight) for name, weight in block.state_dict().items()}))
+
+
+def shard(model: UnifiedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """FSDP2 over the blocks of the trunk: every rank keeps 1 / ranks of each, float32, and gathers a block in `dtype`
+    when it is run. Everything else stays on every rank."""
+    trunk, mesh = model.language_model, init_device_mesh(device.type, (dist.get_world_size(),))
+    others = set(trunk.parameters()) - set(trunk.layers.parameters())
+    # The inputs stay as autocast has them, so that the sampler, which is run under it alone, computes the same.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in trunk.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(trunk, mesh=mesh, mp_policy=policy, ignored_params=others)
+    for part in (trunk, *trunk.layers):  # the sum of all ranks' gradients, as the loss has the global mean's divisor
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+
+
+def make_optimizer(model: UnifiedModel, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW over what learns, whole and sharded weights in groups of their own, which its fused loops need."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError(f"--freeze {' '.join(args.freeze)}: nothing is left to learn")
+    return torch.optim.AdamW(by_kind(weights), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def by_kind(weights: Iterable[Tensor]) -> list[dict]:
+    """Parameter groups: the weights that every rank has whole, and those that are sharded."""
+    kinds = {False: [], True: []}
+    for weight in weights:
+        kinds[isinstance(weight, DTensor)].append(weight)
+    return [{"params": kind} for kind in kinds.values() if kind]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One optimizer step over all ranks
@@ -43,23 +157,35 @@ def gather(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def sum_gradients(weights: list[torch.nn.Parameter]) -> None:
-    """Each rank holds the gradient of its own trajectories' share of the loss; the whole gradient is their sum."""
+def sum_gradients(weights: Iterable[Tensor]) -> None:
+    """Each rank holds the gradient of its own trajectories' share of the loss; the whole gradient is their sum, which
+    sharded weights have already."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        grads = [weight.grad for weight in weights if weight.grad is not None]
+        grads = [weight.grad for weight in weights if weight.grad is not None and not isinstance(weight, DTensor)]
+        if not grads:
+            return
         flat = torch.cat([grad.flatten() for grad in grads])  # one message instead of one a tensor
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
             grad.copy_(part.view_as(grad))
 
 
+def clip_gradients(groups: list[dict], limit: float) -> float:
+    """The norm of the whole gradient, to which at most `limit` is left of it."""
+    parts = [[weight for weight in group["params"] if weight.grad is not None] for group in groups]
+    norms = [whole(get_total_norm([weight.grad for weight in part])) for part in parts if part]
+    norm = norms[0] if len(norms) == 1 else get_total_norm(norms)
+    for part in parts:
+        clip_grads_with_norm_(part, limit, norm)
+    return norm.item()
+
+
 def update(
-    optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], objectives: Sequence[Callable], count: int,
-    max_grad_norm: float, compute,
+    optimizer: torch.optim.Optimizer, objectives: Sequence[Callable], count: int, lr: float, max_grad_norm: float, compute,
 ) -> dict[str, float]:
     """One optimizer step on all ranks' `count` trajectories, accumulated over micro-batches. Each objective is called
     under `compute` and gives its loss summed over its trajectories, and sums over them of what is logged; the means of
-    these come back. Nothing is changed where loss or gradient are not finite."""
+    these come back. Where loss or gradient are not finite nothing is changed, and `skipped` is 1."""
     optimizer.zero_grad()
     totals = {}
     for objective in objectives:
@@ -67,12 +193,15 @@ def update(
             loss, sums = objective()
         (loss / count).backward()
         totals = {key: totals.get(key, 0) + value.detach() for key, value in sums.items()}
-    sum_gradients(weights)
-    norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm).item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        sum_gradients(group["params"])
+    norm = clip_gradients(optimizer.param_groups, max_grad_norm)
     means = dict(zip(totals, (sum_over_ranks(torch.stack(list(totals.values()))) / count).tolist()))
-    if np.isfinite(norm) and np.isfinite(means["loss"]):
+    finite = math.isfinite(norm) and math.isfinite(means["loss"])
+    if finite:
         optimizer.step()
-    return {**means, "grad_norm": norm}
+    return {**means, "grad_norm": norm, "lr": lr, "skipped": int(not finite)}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -83,29 +212,17 @@ def peak_memory(device: torch.device) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder of a training run, written by sft.py and grpo.py alike
-
-
-def resumed(args: argparse.Namespace, script: str) -> argparse.Namespace:
-    """The flags of the run that `--resume` names, with more steps if they are given; refuses another script's run, and
-    a mode that is not the run's."""
-    path = Path(args.resume) / "args.json"
-    if not path.exists():
-        raise UserError(f"{args.resume}: holds no run of {script} (no args.json)")
-    saved = json.loads(path.read_text())
-    if saved["script"] != script:
-        raise UserError(f"{args.resume}: holds a run of {saved['script']}; resume it with that")
-    if args.mode not in (None, saved["mode"]):
-        raise UserError(f"{args.resume}: holds a run of --mode {saved['mode']}, which cannot go on as {args.mode}")
-    changes = {"resume": args.resume, "out": args.resume, **({"steps": args.steps} if args.steps else {})}
-    return argparse.Namespace(**{**saved, **changes})
+# The flags
 
 
 def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks: int) -> None:
     """The recommended values for the flags that were left out; refuses what cannot be split over the ranks."""
+    lr = args.lr
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.lora and not lr:
+        args.lr *= LORA_LR
     args.guidance = model.guidance if args.guidance is None else args.guidance
     images = args.prompts * args.group
     if images % ranks:
@@ -118,8 +235,13 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     args.freeze = [p for p in ("vision_model", "vqmodel") if p in parts] if args.freeze is None else args.freeze
     if not set(args.freeze) <= set(parts):
         raise UserError(f"--freeze {' '.join(args.freeze)}: {args.model} has {', '.join(parts)}")
+    if args.lora and "language_model" in args.freeze:
+        raise UserError("--freeze language_model leaves --lora nothing to adapt")
+    if args.entropy[0] >= args.entropy[1]:
+        raise UserError(f"--entropy {args.entropy[0]:g} {args.entropy[1]:g}: give the lower bound first")
 
 
+LORA_LR = 10  # times the learning rate of all weights, unless --lr is given
 REPLAY_STEPS = 2  # of a Show-o's trajectory, unless --replay-steps says otherwise: each costs a pass there and back
 
 
@@ -137,42 +259,100 @@ def fill_in_mask_predict(args: argparse.Namespace, model: UnifiedModel) -> None:
         args.replay_steps = min(REPLAY_STEPS, model.steps)
 
 
-def open_run(args, rank: int) -> tuple[Path, int]:
-    """The output folder, and the step to start from. A folder that holds a run is refused unless it is resumed."""
-    out = Path(args.out)
-    if args.resume:
-        start = max((int(path.name[5:]) for path in out.glob("step_*") if path.name[5:].isdigit()), default=0)
-        if start >= args.steps:
-            raise UserError(f"{out} already has {start} steps: give more with --steps")
-        if rank == 0 and (out / "metrics.jsonl").exists():  # steps after the checkpoint are run, and logged, again
-            lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
-        return out, start
-    if (out / "args.json").exists():
-        raise UserError(f"{out} already holds a run: give another --out, or go on with --resume {out}")
-    if dist.is_initialized():
-        dist.barrier()  # every rank has looked before the first one writes
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            write_json(out / "args.json", vars(args))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    return out, 0
-
-
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then linear decay to 0 at the last step: gradients of so few samples are mostly noise, and what
     late steps at a full rate add of it costs more than they teach."""
     return args.lr * min(1.0, (step + 1) / (args.warmup + 1)) * (1 - step / args.steps)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Restores the optimizer's state from a checkpoint folder."""
+# ---------------------------------------------------------------------------------------------------------------------
+# What stops a run
+
+PATIENCE = {"idle": 10, "skipped": 5, "kl": 3, "entropy": 3}  # steps in a row before a fault stops a run
+
+
+class Health:
+    """Counts the steps in a row in which a run was not well, and stops it with a message and the numbers: nothing was
+    learned (`idle`), the update was left out as loss or gradient were not finite (`skipped`), the KL or the entropy of
+    the image tokens is out of bounds. `counts` is a part of the run's state."""
+
+    def __init__(self, args: argparse.Namespace, codes: int, counts: dict[str, int] | None = None):
+        self.out, self.max_kl = args.out, args.max_kl or math.inf
+        self.low, self.high = (share * math.log(codes) for share in args.entropy)
+        self.counts = {key: (counts or {}).get(key, 0) for key in PATIENCE}
+
+    def check(self, line: dict, idle: bool, advice: str, rollouts: Sequence, rank: int) -> None:
+        """Takes a step's line of metrics. Raises UserError, on every rank, where it is one too many; after writing
+        down, for loss and gradient, what had been sampled."""
+        kl, entropy = line["kl_image"], line["entropy_image"]
+        now = {"idle": idle, "skipped": line["skipped"] > 0, "kl": kl > self.max_kl,
+               "entropy": not self.low <= entropy <= self.high and math.isfinite(entropy)}
+        self.counts = {key: self.counts[key] + 1 if wrong else 0 for key, wrong in now.items()}
+        reasons = {
+            "idle": advice,
+            "skipped": f"loss {line['loss']}, gradient norm {line['grad_norm']}. The batch is in {self.out}; try a lower --lr",
+            "kl": f"KL to the reference {kl:.3g} nats an image token, above --max-kl {self.max_kl:g}. The policy has left its "
+                  "start; try a lower --lr or a higher --beta",
+            "entropy": f"entropy {entropy:.3g} nats an image token, outside {self.low:.3g} to {self.high:.3g} (--entropy). The "
+                       "policy collapsed to a few codes or dissolved into noise; try a lower --lr or a higher --beta",
+        }
+        for key, reason in reasons.items():
+            if self.counts[key] >= PATIENCE[key]:
+                if key == "skipped":
+                    write_batch(rollouts, Path(self.out) / f"failed_batch_rank{rank}.safetensors")
+                raise UserError(f"stopped at step {line['step']}, {self.counts[key]} such steps in a row: {reason}. Checkpoints "
+                                f"are as they were")
+
+
+def write_batch(rollouts: Sequence, path: Path) -> None:
+    """What was sampled in a step, to look into: codes, log-probs and answers of each micro-batch, and their texts."""
+    tensors, texts = {}, {}
+    for i, r in enumerate(rollouts):
+        tensors |= {f"{i}.codes": r.images.codes, f"{i}.logprobs": r.images.logprobs, f"{i}.answers": r.answers.ids,
+                    f"{i}.answer_logprobs": r.answers.logprobs}
+        texts[str(i)] = json.dumps({"prompts": [task.prompt for task in r.tasks], "answers": r.answers.texts})
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts to train on
+
+
+def task_stream(
+    args: argparse.Namespace, model: UnifiedModel, world: World
+) -> tuple[Callable[[np.random.Generator], Task], Vocabulary]:
+    """What draws a task to train on, and the words that answers are read with: from the world's vocabulary without its
+    held-out tasks, or from the user's own file (`--tasks`), which is checked whole.
+
+    Raises:
+        UserError: naming every faulty line of the file; or that it is not the one that the run began with.
+    """
+    held_out = frozenset(task_key(task) for task in world.suite)
+    if not args.tasks:
+        return lambda rng: draw_task(world.vocabulary, rng, held_out), world.vocabulary
+    path = Path(args.tasks)
     try:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: no optimizer state to resume from ({str(error).splitlines()[0]})") from None
+        tasks, vocabulary = read_tasks(path.read_bytes(), world.vocabulary, held_out, lambda task: drawable(model, task))
+    except OSError as error:
+        raise UserError(f"--tasks {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"--tasks {path}: {error}") from None
+    known, args.tasks_sha256 = getattr(args, "tasks_sha256", None), sha256(path)
+    if args.resume and args.tasks_sha256 != known:
+        raise UserError(f"--tasks {path}: is not the file that the run began with")
+    return lambda rng: tasks[rng.integers(len(tasks))], vocabulary
+
+
+def drawable(model: UnifiedModel, task: Task) -> None:
+    """Raises ValueError where the model cannot take the task's prompt."""
+    try:
+        model.generation_prompt([task.prompt])
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run's folder shows
 
 
 def score_before(out: Path, rank: int, measure: Callable[[], tuple[dict, list[dict]]]) -> dict:
@@ -186,17 +366,14 @@ def score_before(out: Path, rank: int, measure: Callable[[], tuple[dict, list[di
     return scores
 
 
-def stop_unless_finite(means: dict[str, float], rollouts: Sequence, out: Path, rank: int, step: int) -> None:
-    """Raises UserError where an update's loss or gradient was not finite, after writing down what had been sampled, to
-    look into: torch.load(path, weights_only=True)."""
-    if np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"]):
-        return
-    torch.save([
-        {"prompts": [task.prompt for task in r.tasks], "codes": r.images.codes, "logprobs": r.images.logprobs,
-         "answers": r.answers.texts, "answer_logprobs": r.answers.logprobs} for r in rollouts
-    ], out / f"failed_batch_rank{rank}.pt")
-    raise UserError(f"step {step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']}. The batch "
-                    f"is in {out}, the last checkpoint is intact; try a lower --lr")
+def write_line(out: Path, line: dict) -> None:
+    """Appends a step's metrics; what is not finite becomes null, which JSON has."""
+    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+    try:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(plain) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}/metrics.jsonl: cannot be written ({error.strerror}); go on with --resume {out}") from None
 
 
 def mean_rewards(tasks: Sequence[Task], rewards: Sequence[float]) -> dict[str, float]:
