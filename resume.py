@@ -76,10 +76,10 @@ def as_flags(parser: argparse.ArgumentParser, saved: dict, refuse) -> list[str]:
         if action.dest not in saved:
             refuse(f"lacks {action.dest!r}")
         value, flag = saved[action.dest], action.option_strings[0]
-        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        if action.nargs == 0:  # it is on or off; where off has a flag of its own, --no-..., that one comes last
             if value not in (True, False, None):
                 refuse(f"{action.dest} is {value!r}")
-            words += [flag] if value else [action.option_strings[-1]] if value is False and action.nargs != 0 else []
+            words += [flag] if value else action.option_strings[1:] if value is False else []
         elif action.nargs:
             words += [flag, *map(str, value)] if isinstance(value, list) else refuse(f"{action.dest} is {value!r}")
         elif value is not None:
@@ -169,8 +169,9 @@ def last_whole(out: Path) -> int:
 
 def probe(out: Path, args: argparse.Namespace, model: UnifiedModel) -> None:
     """Raises UserError where the folder cannot be written, or the disk has no room for the checkpoints to come."""
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    size = 4 * sum(tensor.numel() for tensor in model.state_dict().values()) + 8 * trained  # with Adam's moments
+    learn = {name: weight.numel() for name, weight in model.named_parameters() if name.split(".")[0] not in args.freeze}
+    moments = 0 if args.lora else 8 * sum(learn.values())  # an adapter's are small
+    size = 4 * sum(tensor.numel() for tensor in model.state_dict().values()) + moments
     saves = -(-args.steps // args.save_every)
     # One more than what is kept is there while it is written, and what lies there already will make room.
     wanted = max(1, (saves if not args.keep else min(saves, args.keep + 1)) - len(checkpoints(out)))

@@ -264,7 +264,7 @@ def check_facts(tag, facts, key: str) -> None:
         position = fact.get("position", ["above", 0])
         if not isinstance(fact["class"], str) or not isinstance(fact["count"], int) or fact["count"] < 1:
             raise ValueError(f"{fact} under {key}: class is a name, count a number of at least 1")
-        if not isinstance(position, list) or len(position) != 2 or position[0] not in INVERSE or position[1] != 0:
+        if not isinstance(position, list) or len(position) != 2 or position[0] not in [*INVERSE] or position[1] != 0:
             raise ValueError(f"position {position} is not one of {', '.join(INVERSE)} and 0")
     if not 1 <= facts[0]["count"] < len(NUMBERS):
         raise ValueError(f"count {facts[0]['count']} has no number word here")

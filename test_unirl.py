@@ -15,12 +15,17 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import combinations, product
@@ -47,15 +52,18 @@ import evaluate as evaluate_module
 import geneval
 import grpo
 import model as model_module
+import resume
+import reward
 import sample
 import sft
+import training
 from checkpoint import chat_template, load, save
 from evaluate import evaluate, summarize, world_of
 from geneval import Detection, judge, load_detector
 from model import SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, frozen_copy, generation_mask
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
-    is_geneval_prompt, make_task, plural, score, task_key,
+    is_geneval_prompt, make_task, plural, read_tasks, score, task_key,
 )
 from sample import (
     Images, answer_logits, draw, encode_answers, gumbel_given, image_logits, relaxed_codes, sample_answers,
@@ -1855,8 +1863,14 @@ def test_a_users_mistakes_get_one_line(small, finished, tmp_path):
 
 
 def main_here(monkeypatch, *arguments, script=grpo):
+    """The script in this process, which gets its handlers of signals back."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-    script.main()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        script.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
@@ -1877,19 +1891,27 @@ def test_steps_without_spread_stop_the_run(small, tmp_path, monkeypatch):
     assert len(lines) == 10 and all(line["zero_spread"] == 1 and line["grad_norm"] == 0 for line in lines)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(small, tmp_path, monkeypatch):
-    true, calls = grpo.objective, []
+def test_a_loss_that_is_not_finite_is_skipped_and_five_stop_the_run(small, tmp_path, monkeypatch):
+    """One broken step leaves weights and Adam's moments as they were, is counted and followed by others; five in a row
+    stop the run, what was sampled is written down, and the checkpoint before them is whole."""
+    true, calls, broken_at = grpo.objective, [], {3}
 
     def broken(*arguments):
         calls.append(1)
         loss, sums = true(*arguments)
-        return (loss * float("nan"), {**sums, "loss": sums["loss"] * float("nan")}) if len(calls) == 3 else (loss, sums)
+        bad = len(calls) in broken_at or len(calls) > 6
+        return (loss * float("nan"), {**sums, "loss": sums["loss"] * float("nan")}) if bad else (loss, sums)
 
     monkeypatch.setattr(grpo, "objective", broken)
-    with pytest.raises(UserError, match="step 3: loss nan"):
-        main_here(monkeypatch, "--model", small, "--out", tmp_path, "--steps", 4, "--save-every", 2, "--prompts", 1, "--group", 2, *SHORT)
-    assert all(tensor.isfinite().all() for tensor in load(str(tmp_path / "step_000002")).state_dict().values())
-    assert (tmp_path / "failed_batch_rank0.pt").exists()
+    with user_error("stopped at step 11, 5 such steps in a row: loss nan"):
+        main_here(monkeypatch, "--model", small, "--out", tmp_path, "--steps", 12, "--save-every", 1, "--keep", 0, "--prompts", 1, "--group", 2, *SHORT)
+    assert [line["skipped"] for line in read_metrics(tmp_path)] == [0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    two, three, four = (load_file(tmp_path / f"step_{step:06d}" / "model.safetensors") for step in (2, 3, 4))
+    assert all(torch.equal(two[name], three[name]) for name in two) and any(not torch.equal(three[name], four[name]) for name in two)
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "step_000010" / "model.safetensors").values())
+    assert resume.last_whole(tmp_path) == 10
+    assert load_file(tmp_path / "failed_batch_rank0.safetensors")["0.codes"].shape == (2, 36)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2165,6 +2187,524 @@ def test_a_run_is_resumed_by_its_own_script_and_mode(other):
     complain(run_grpo("--resume", out, "--steps", 3, script=wrong), 1, f"{script}.py", "resume it with that")
     another = ({"two-stage", "end-to-end"} - {mode}).pop()
     complain(run_grpo("--resume", out, "--steps", 3, "--mode", another, script=script), 1, f"--mode {mode}", another)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters, shards, and how a run stops and goes on
+
+
+def test_untouched_adapters_change_nothing_and_merged_ones_are_what_was_trained(janus, show_o):
+    """Logits to the bit before training; after every adapter has moved, an ordinary model with the merged weights gives
+    them within 1e-5; the reference has the base's own tensors and does not move."""
+    for model in (janus, show_o):
+        policy = copy.deepcopy(model)
+        policy.requires_grad_(False)
+        reference = frozen_copy(policy)
+        images = sample_images(policy, PROMPTS, [1, 2, 3], 3.0, compiled=False)
+        base = image_logits(policy, images, 3.0, 1.0)
+        model_module.add_adapters(policy, 4)
+        assert torch.equal(image_logits(policy, images, 3.0, 1.0), base)
+        learn = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+        linear = sum(isinstance(m, torch.nn.Linear) for m in model.language_model.layers.modules())
+        assert len(learn) == 2 * linear > 0 and all(".lora_" in name for name in learn)
+        own = {weight.data_ptr() for weight in policy.parameters()}
+        assert all(weight.data_ptr() in own for weight in reference.parameters()), "the reference is no second copy"
+        image_logits(policy, images, 3.0, 1.0).square().mean().backward()
+        assert all(learn[name].grad.abs().max() > 0 for name in learn if name.endswith("lora_up"))
+        with torch.no_grad():
+            for i, weight in enumerate(learn.values()):
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+            adapted = image_logits(policy, images, 3.0, 1.0)
+            plain = copy.deepcopy(model)
+            plain.load_state_dict(model_module.merged(policy.state_dict()))
+            assert (adapted - base).abs().max() > 0.1
+            assert (image_logits(plain, images, 3.0, 1.0) - adapted).abs().max() < 1e-5 * adapted.abs().max()
+            assert torch.equal(image_logits(reference, images, 3.0, 1.0), base)
+
+
+def settings_of(**changes):
+    """What training.prepare and training.update look at."""
+    return flags(**{**dict(freeze=["vqmodel"], recompute=False, lora=None, shard=False, bf16=False, judge="policy", lr=1e-3, beta=0.1,
+                   group=2, prompts=2, answer_weight=0.3, tau=1.0, no_compile=True, max_tokens=4, guidance=2.0), **changes})
+
+
+def step_of(rank: int, ranks: int, model, changes: dict) -> dict:
+    """One update of a rank's share of four trajectories; its means, gradients and weights, whole."""
+    args, device = settings_of(**changes), torch.device("cpu")
+    reference, sampler = training.prepare(model, args, device, None)
+    optimizer = training.make_optimizer(model, args)
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(4)]
+    share = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    judge, asked = (reference, reference) if args.judge == "frozen" else (model, sampler)
+    training.refresh(sampler, model)
+    rollout = grpo.roll_out(sampler, asked, tasks[share], [5, 6, 7, 8][share], args)
+    grpo.score_by_reference(reference, rollout, args)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[share]
+    parts = [lambda: grpo.objective(model, judge, rollout, advantages, args)]
+    means = training.update(optimizer, parts, 4, args.lr, 1e9, torch.autocast("cpu", enabled=False))
+    grads = {name: resume.whole(w.grad) for name, w in model.named_parameters() if w.grad is not None}
+    training.refresh(sampler, model)
+    drawn = sample_images(sampler, PROMPTS, [1, 2, 3], 2.0, compiled=False)
+    return {"means": means, "grads": grads, "weights": resume.gather_to_first(model.state_dict().items()), "codes": drawn.codes}
+
+
+def a_shard(rank: int, ranks: int, port: int, kind: str, changes: dict, path: str) -> None:
+    join(rank, ranks, port)
+    result = step_of(rank, ranks, small_janus() if kind == "janus" else small_show_o(), {**changes, "shard": True})
+    if rank == 0:
+        torch.save(result, path)
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = [("janus", {}), ("janus", dict(mode="end-to-end", judge="frozen", recompute=True)), ("janus", dict(lora=4)),
+           ("show-o", dict(recompute=True)), ("show-o", dict(mode="end-to-end", judge="frozen"))]
+
+
+@pytest.mark.parametrize("kind, changes", SHARDED, ids=str)
+def test_a_sharded_step_is_that_of_one_process(kind, changes, tmp_path):
+    """Two gloo ranks with FSDP2: loss, KL, gradient norm, every gradient and the codes that the updated policy draws are
+    those of one process, within 1e-5."""
+    one, port = step_of(0, 1, small_janus() if kind == "janus" else small_show_o(), changes), free_port()
+    workers = [CHILDREN.Process(target=a_shard, args=(rank, 2, port, kind, changes, str(tmp_path / "two"))) for rank in range(2)]
+    ended(workers, [0, 0])
+    two = torch.load(tmp_path / "two", weights_only=True)
+    for key, value in one["means"].items():
+        assert two["means"][key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
+    assert one["grads"].keys() == two["grads"].keys() and any(grad.abs().max() > 1e-3 for grad in one["grads"].values())
+    for name, grad in one["grads"].items():
+        assert (two["grads"][name] - grad).abs().max() < 1e-5 * max(1, grad.abs().max().item()), name
+    assert torch.equal(one["codes"], two["codes"])
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora", "4"]], ids=["all weights", "lora"])
+def test_a_sharded_run_is_saved_as_an_ordinary_one(small, tmp_path, lora):
+    """Four steps on two ranks with --shard: the metrics of one process, a checkpoint that opens in transformers with
+    the very tensors, and the last two steps again to the bit, on two ranks; and on one, but for rounding."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shape = ["--model", small, "--steps", 4, "--save-every", 2, "--prompts", 3, "--group", 2, *lora, *SHORT]
+    lives(one, *shape, ranks=1), lives(two, *shape, "--shard", ranks=2)
+    for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+        for key in a.keys() - {"seconds", "memory"}:
+            assert b[key] == pytest.approx(a[key], abs=1e-4), key
+    folder = two / "step_000004"
+    theirs, ours = JanusForConditionalGeneration.from_pretrained(folder).state_dict(), load(str(folder)).state_dict()
+    assert all(torch.equal(tensor, ours[name.removeprefix("model.")]) for name, tensor in theirs.items())
+    for name, ranks in (("again", 2), ("fewer", 1)):
+        again = shutil.copytree(two, tmp_path / name, ignore=shutil.ignore_patterns("step_000004", "summary.json"))
+        if ranks == 1:
+            edit_json(again / "args.json", shard=False)
+        lives(again, ranks=ranks)
+        assert ranks == 1 or contents(again / "step_000004") == contents(folder)
+        for step, line in zip(read_metrics(again), read_metrics(two), strict=True):
+            assert step["loss"] == pytest.approx(line["loss"], abs=1e-4)
+
+
+# -- processes that are forked from one that has imported everything, so that a run takes a second or two
+
+
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["test_unirl"])
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def join(rank: int, ranks: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    sample.start_ranks()
+
+
+def ended(workers, codes, seconds=120):
+    """Starts them unless they are, waits, and checks their exit codes."""
+    for worker in workers:
+        worker.pid or worker.start()
+    limit = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0, limit - time.monotonic()))
+    found = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert found == codes
+
+
+def a_life(script: str, arguments: list[str], rank: int, ranks: int, port: int, log: str) -> None:
+    """A rank of a run, from start to end, scored on a prompt of each category."""
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.pop("RANK", None)
+    if ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    every = shapes.held_out_tasks
+    evaluate_module.shapes.held_out_tasks = lambda: every()[::20]
+    sys.argv = [f"{script}.py", *arguments]
+    sample.run({"grpo": grpo, "sft": sft}[script].main)
+
+
+def begin(out: Path, *arguments, ranks=1, script="grpo") -> list:
+    """Starts the ranks of a run into this folder, or of the run that is in it."""
+    arguments = ["--resume", out] if (out / "args.json").exists() else ["--out", out, *arguments]
+    port, log = free_port(), out.with_suffix(".log")
+    workers = [CHILDREN.Process(target=a_life, args=(script, [*map(str, arguments)], rank, ranks, port, str(log)))
+               for rank in range(ranks)]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+def lives(out: Path, *arguments, ranks=1, script="grpo") -> str:
+    """A run to its end, which must be a good one; what it said."""
+    workers = begin(out, *arguments, ranks=ranks, script=script)
+    for worker in workers:
+        worker.join(180)
+    said = out.with_suffix(".log").read_text()
+    assert [worker.exitcode for worker in workers] == [0] * ranks, said
+    return said
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What a checkpoint is, as checksums."""
+    return {str(path.relative_to(folder)): checkpoint.sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(condition, seconds=60):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+KILLS = int(os.environ.get("KILLS", 4))  # of each of the two below
+LIFE = ["--steps", 8, "--save-every", 1, "--keep", 2, "--prompts", 3, "--group", 2, *SHORT]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(small, tmp_path, ranks):
+    """Processes killed with SIGKILL, every other time while a checkpoint is being written: each resume goes on, and the
+    last checkpoint, with the optimizer's state, is that of a run that nobody killed, to the bit. On two ranks one of
+    them or both are killed; one that is left ends by itself. `KILLS=15 pytest -k killed` kills 30 times."""
+    start = time.monotonic()
+    lives(tmp_path / "straight", "--model", small, *LIFE, ranks=ranks)
+    seconds, expected = time.monotonic() - start, contents(tmp_path / "straight" / "step_000008")
+    rng, kills, while_saving, folder = np.random.default_rng(ranks), 0, 0, 0
+    while kills < KILLS:
+        out = tmp_path / f"killed{folder}"
+        workers = begin(out, "--model", small, *LIFE, ranks=ranks)
+        wait = rng.random() * seconds
+        if kills % 2:
+            wait_for(lambda: list(out.glob("step_*.partial")) or not workers[0].is_alive())
+            wait = rng.random() * 0.03
+        time.sleep(wait)
+        victims = [workers, workers[:1], workers[1:]][rng.integers(3)] if ranks == 2 else workers
+        saving = bool(list(out.glob("step_*.partial")))
+        alive = any(worker.is_alive() for worker in victims)
+        for worker in victims:
+            worker.kill()
+        for worker in workers:
+            worker.join(60)
+            assert worker.exitcode is not None, "a rank hangs after the other one has died"
+        if alive:
+            kills, while_saving = kills + 1, while_saving + saving
+        if (out / "summary.json").exists() or kills >= KILLS:
+            if not (out / "summary.json").exists():
+                lives(out, "--model", small, *LIFE, ranks=ranks)
+            assert contents(out / "step_000008") == expected
+            assert [line["step"] for line in read_metrics(out)] == list(range(1, 9))
+            assert not list(out.glob("*.partial")) and len(list(out.glob("step_*"))) == 2
+            folder += 1
+    print(f"{kills} kills on {ranks} ranks, {while_saving} of them while saving, {folder} runs to their end")
+
+
+@pytest.mark.parametrize("script, mode", [("sft", "two-stage"), ("grpo", "end-to-end")])
+def test_two_ranks_resume_to_the_bit(small, tmp_path, script, mode):
+    """Two ranks, killed after a step; sft's replayed pictures and the answers' generators are back too."""
+    shape = ["--model", "tiny", "--mode", mode, "--steps", 4, "--save-every", 2, "--prompts", 4, "--group", 2, *QUICK]
+    out = tmp_path / "run"
+    lives(out, *shape, ranks=2, script=script)
+    again = shutil.copytree(out, tmp_path / "again", ignore=shutil.ignore_patterns("step_000004", "summary.json"))
+    lives(again, ranks=2, script=script)
+    assert contents(again / "step_000004") == contents(out / "step_000004")
+
+
+# -- damaged checkpoints, full disks
+
+
+DAMAGE = {
+    "torn weights": lambda f: os.truncate(f / "model.safetensors", 1000),
+    "a flipped bit": lambda f: flip(f / "trainer" / "optimizer.safetensors", 5000),
+    "no optimizer": lambda f: (f / "trainer" / "optimizer.safetensors").unlink(),
+    "another step's state": lambda f: edit_json(f / "trainer" / "state.json", step=3),
+    "torn manifest": lambda f: os.truncate(f / "manifest.json", 10),
+    "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "empty manifest": lambda f: (f / "manifest.json").write_text('{"sha256": {}}'),
+    "another config": lambda f: edit_json(f / "config.json", model_type="llama"),
+    "a renamed checkpoint": lambda f: (shutil.rmtree(f), shutil.copytree(f.with_name("step_000002"), f)),
+    "an empty folder": lambda f: (shutil.rmtree(f), f.mkdir()),
+}
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(finished, damage, tmp_path, capfd):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    DAMAGE[damage](out / "step_000004")
+    assert resume.last_whole(out) == 2
+    assert "step_000004 is damaged, looking for the one before" in capfd.readouterr().err
+    assert (out / "step_000004.damaged").exists() and resume.checkpoints(out) == [2]
+    shutil.rmtree(out / "step_000002" / "trainer")
+    with user_error("none of its checkpoints is whole", "step_000002"):
+        resume.last_whole(out)
+
+
+def test_a_run_with_a_damaged_checkpoint_ends_as_it_did(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    (out / "summary.json").unlink()
+    flip(out / "step_000004" / "model.safetensors", 999_999)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "rew')  # as a killed process leaves it
+    assert "step_000004 is damaged" in run_grpo("--resume", out).stderr
+    assert contents(out / "step_000004") == contents(finished[0] / "step_000004")
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4]
+
+
+def limited(*arguments) -> None:
+    """A run whose files may have at most 5 MB, less than a checkpoint's: a write fails midway, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+    a_life(*arguments)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(small, tmp_path):
+    """While a checkpoint is written: one line, exit code 1, nothing half written, the one before still good."""
+    out = tmp_path / "run"
+    lives(out, "--model", small, *LIFE, "--steps", 2)
+    (out / "summary.json").unlink()
+    edit_json(out / "args.json", steps=4)
+    log = str(tmp_path / "full.log")
+    worker = CHILDREN.Process(target=limited, args=("grpo", ["--resume", str(out)], 0, 1, 0, log))
+    ended([worker], [1])
+    said = [line for line in Path(log).read_text().splitlines() if "error" in line.lower()]
+    assert len(said) == 1 and "step_000003: cannot be written" in said[0] and "the last checkpoint is step_000002" in said[0]
+    assert not list(out.glob("*.partial")) and resume.last_whole(out) == 2
+    lives(out)
+
+
+def test_a_folder_without_room_or_rights_stops_before_training(small, tmp_path, monkeypatch):
+    shape = ["--model", small, *LIFE]
+    (tmp_path / "file").touch()
+    with user_error("file/run: cannot be written"):
+        main_here(monkeypatch, "--out", tmp_path / "file" / "run", *shape)
+    with user_error("/proc/run: cannot be written"):
+        main_here(monkeypatch, "--out", "/proc/run", *shape)
+    full = argparse.Namespace(free=20_000_000)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: full)
+    with user_error("3 checkpoints of 0.01", "0.02 GB left", "--keep"):
+        main_here(monkeypatch, "--out", tmp_path / "run", *shape)
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+# -- signals, and ranks that die
+
+
+def steps_done(out: Path) -> int:
+    return len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(small, tmp_path, number, ranks):
+    """One rank gets it, both stop after the same step with exit code 0; what goes on is the run that was not stopped."""
+    out = tmp_path / "run"
+    shape = ["--model", small, *LIFE, "--save-every", 100]
+    lives(tmp_path / "straight", *shape, ranks=ranks)
+    workers = begin(out, *shape, ranks=ranks)
+    wait_for(lambda: steps_done(out) >= 2)
+    os.kill(workers[-1].pid, number)
+    os.kill(workers[-1].pid, number)  # at once: the same signal, passed on by somebody else
+    ended(workers, [0] * ranks)
+    done, said = steps_done(out), out.with_suffix(".log").read_text()
+    assert said.count(f"stopped after step {done}, which is saved; go on with: torchrun grpo.py --resume {out}") == 1
+    assert 2 <= done < 8 and resume.last_whole(out) == done
+    lives(out, ranks=ranks)
+    assert contents(out / "step_000008") == contents(tmp_path / "straight" / "step_000008")
+
+
+def test_a_second_signal_ends_a_run_at_once(small, tmp_path, monkeypatch):
+    """In a step that does not end: the first waits for it, the second, some time later, does not."""
+    out = tmp_path / "run"
+    (worker,) = begin(out, "--model", small, *LIFE, "--prompts", 720)  # a step of a good while
+    wait_for(lambda: (out / "before.json").exists())
+    time.sleep(1)
+    os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(1.5)
+    assert worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)
+    ended([worker], [128 + signal.SIGTERM], seconds=5)
+
+
+def test_a_signal_before_the_first_step_leaves_at_once(small, tmp_path):
+    out = tmp_path / "run"
+    (worker,) = begin(out, "--model", small, *LIFE, "--eval-images", 500)
+    wait_for(lambda: (out / "args.json").exists())
+    time.sleep(1)
+    os.kill(worker.pid, signal.SIGTERM)
+    ended([worker], [0], seconds=5)
+    assert "nothing was lost; go on with: torchrun grpo.py --resume" in out.with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize("fate, rank", [("dies", 0), ("dies", 1), ("falls silent", 1)])
+def test_a_lost_rank_ends_the_others_with_one_message(small, tmp_path, fate, rank):
+    """A killed rank is noticed at once, one that says nothing after --timeout."""
+    out = tmp_path / "run"
+    workers = begin(out, "--model", small, *LIFE, "--steps", 1000, "--save-every", 1000, "--timeout", 5, ranks=2)
+    wait_for(lambda: steps_done(out) >= 2)
+    os.kill(workers[rank].pid, signal.SIGKILL if fate == "dies" else signal.SIGSTOP)
+    workers[1 - rank].join(30)
+    assert workers[1 - rank].exitcode == 1
+    workers[rank].kill()
+    errors = [line for line in out.with_suffix(".log").read_text().splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and f"rank {1 - rank} lost another rank" in errors[0] and "--resume" in errors[0]
+    assert "Traceback" not in out.with_suffix(".log").read_text()
+
+
+def test_torchrun_passes_a_signal_on(small, tmp_path):
+    """torchrun itself reports the signal with an exit code of its own; its ranks have saved and said how to go on."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "grpo.py", "--model", small,
+               "--out", out, *LIFE, "--steps", 1000, "--save-every", 1000]
+    process = subprocess.Popen(map(str, command), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    wait_for(lambda: steps_done(out) >= 2, 120)
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert resume.last_whole(out) == steps_done(out) >= 2 and "which is saved; go on with: torchrun grpo.py" in said
+
+
+# -- steps that are not well
+
+
+def test_kl_and_entropy_out_of_bounds_stop_a_run():
+    """Three steps in a row, with the numbers; two, and then a good one, do not."""
+    args = argparse.Namespace(out="run", max_kl=2.0, entropy=[0.1, 0.9])
+    good = {"step": 1, "kl_image": 0.5, "entropy_image": 1.0, "skipped": 0, "loss": 0.0, "grad_norm": 1.0}
+    for wrong, words in (({"kl_image": 2.5}, ["KL", "2.5", "--max-kl 2"]), ({"entropy_image": 0.01}, ["entropy 0.01", "0.208"]),
+                         ({"entropy_image": 2.0}, ["entropy 2", "0.208 to 1.87"])):
+        health = training.Health(args, 8)
+        for line in (wrong, wrong, {}, wrong, wrong):
+            health.check({**good, **line}, False, "", [], 0)
+        again = training.Health(args, 8, json.loads(json.dumps(health.counts)))  # as a resumed run has it
+        with user_error(*words, "step 1", "3 such steps in a row"):
+            again.check({**good, **wrong}, False, "", [], 0)
+    unbounded = training.Health(argparse.Namespace(out="run", max_kl=0.0, entropy=[0.0, 1.0]), 8)
+    for _ in range(5):
+        unbounded.check({**good, "kl_image": 1e9, "entropy_image": 0.0}, False, "", [], 0)
+
+
+# -- the user's own prompts
+
+
+OWN = [
+    {"tag": "single_object", "prompt": "A gold submarine at night", "facts": [{"class": "submarine", "count": 1}]},
+    {"tag": "colors", "prompt": "a teal ring", "facts": [{"class": "ring", "count": 1, "color": "teal"}], "question": "Which color is it?"},
+    {"tag": "position", "prompt": "a submarine over a ring", "answer": "The submarine is over the ring.",
+     "facts": [{"class": "ring", "count": 1}, {"class": "submarine", "count": 1, "position": ["above", 0]}]},
+    {"tag": "counting", "prompt": "seven submarines", "facts": [{"class": "submarine", "count": 7}]},
+]
+
+
+def lines_of(rows) -> bytes:
+    return b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+
+
+def test_own_prompts_are_read_with_what_was_left_out():
+    tasks, vocabulary = read_tasks(lines_of([*OWN[:2], b"", *OWN[2:]]), shapes.VOCABULARY)
+    assert [task.prompt for task in tasks] == [row["prompt"] for row in OWN]
+    assert [task.question for task in tasks[:2]] == [reward.QUESTIONS["single_object"], "Which color is it?"]
+    assert [task.answer for task in tasks] == ["submarine", "teal", "The submarine is over the ring.", "seven submarines"]
+    assert set(vocabulary.objects) - set(shapes.VOCABULARY.objects) == {"submarine"} and "teal" in vocabulary.colors
+    assert score("a submarine", tasks[0], vocabulary) == 1 and score("a ring", tasks[0], vocabulary) == 0
+
+
+FAULTY = [
+    (b"{not json", "Expecting"), (b"[1]", "no JSON object"), (b"\xff\xfe", "utf-8"), (b'"' + b"[" * 5000, ""),
+    ({**OWN[0], "tag": "colour"}, "unknown tag 'colour'"), ({**OWN[0], "tag": []}, "unknown tag"), ({}, "unknown tag None"),
+    ({**OWN[0], "prompt": ""}, "prompt is no text"), ({**OWN[0], "prompt": 3}, "prompt is no text"),
+    ({k: v for k, v in OWN[0].items() if k != "prompt"}, "has no prompt"), ({**OWN[0], "answer": None}, "answer is no text"),
+    ({**OWN[0], "wieght": 2}, "unknown key 'wieght'"), ({**OWN[0], "facts": []}, "cannot have these objects under facts"),
+    ({**OWN[0], "facts": [{"class": "Big Ship", "count": 1}]}, "'Big Ship' is not a name"),
+    ({**OWN[1], "facts": [{"class": "ring", "count": 1}]}, "should have the keys class, color, count"),
+    ({**OWN[1], "facts": [{"class": "ring", "count": 1, "color": 3}]}, "3 is not a name"),
+    ({**OWN[3], "facts": [{"class": "ring", "count": 70}]}, "no number word"), ({**OWN[3], "facts": 7}, "cannot have"),
+    ({**OWN[2], "facts": [{"class": "ring", "count": 1}, {"class": "star", "count": 1, "position": [["above"], 0]}]}, "position"),
+    ({**OWN[0], "answer": "a ring"}, "would earn nothing"), ({**OWN[0], "answer": "maybe a submarine"}, "would earn nothing"),
+    ({"tag": "single_object", "prompt": "my bench", "facts": [{"class": "bench", "count": 1}]}, "test prompt"),
+]
+
+
+@pytest.mark.parametrize("row, words", FAULTY, ids=lambda value: str(value)[:40])
+def test_every_fault_of_own_prompts_is_named_with_its_line(row, words):
+    with pytest.raises(ValueError) as caught:
+        read_tasks(lines_of([OWN[0], row, OWN[1], b"", row]), shapes.VOCABULARY)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "2 faults" and [line[:9] for line in lines] == ["  line 2:", "  line 5:"] and words in lines[0]
+
+
+def test_a_run_on_own_prompts_draws_from_them_alone(small, tmp_path, monkeypatch):
+    """Checked whole before anything starts; drawn from in training; the same file on resume, or one line."""
+    path, drawn = tmp_path / "own.jsonl", []
+    held_out = shapes.held_out_tasks()[0]
+    path.write_bytes(lines_of([*OWN, {"tag": held_out.tag, "prompt": "x", "facts": list(held_out.facts)}]))
+    shape = ["--model", small, *LIFE, "--steps", 2, "--tasks", path, "--out", tmp_path / "run"]
+    with user_error("--tasks", "own.jsonl", "line 5: asks for what a test prompt asks for"):
+        main_here(monkeypatch, *shape)
+    assert not (tmp_path / "run").exists()
+    path.write_bytes(lines_of(OWN))
+    true = grpo.roll_out
+    monkeypatch.setattr(grpo, "roll_out", lambda *a: drawn.extend(a[2]) or true(*a))
+    main_here(monkeypatch, *shape)
+    assert {task.prompt for task in drawn} <= {row["prompt"] for row in OWN} and len({task.prompt for task in drawn}) > 1
+    path.write_bytes(lines_of(OWN[:2]))
+    with user_error("own.jsonl", "not the file that the run began with"):
+        main_here(monkeypatch, "--resume", tmp_path / "run", "--steps", 3)
+    with user_error("missing.jsonl", "cannot be read"):
+        main_here(monkeypatch, *shape, "--tasks", tmp_path / "missing.jsonl", "--out", tmp_path / "b")
+
+
+def test_own_prompts_too_long_for_a_show_o_are_named(show_o, tmp_path):
+    (tmp_path / "own.jsonl").write_bytes(lines_of([OWN[0], {**OWN[0], "prompt": "submarine " * 60}]))
+    args = argparse.Namespace(tasks=str(tmp_path / "own.jsonl"), resume=None)
+    with user_error("line 2: the prompt 'submarine", "text window 100"):
+        training.task_stream(args, show_o, world_of(show_o))
+
+
+# -- what --resume refuses
+
+
+def test_resume_takes_the_runs_own_flags(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    args = grpo.parse_args(["--resume", str(out), "--steps", "9", "--keep", "1"])
+    saved = json.loads((finished[0] / "args.json").read_text())
+    assert {**saved, "steps": 9, "keep": 1, "out": str(out), "resume": str(out)} == {k: v for k, v in vars(args).items() if k in saved}
+    for wrong, words in ((["--lr", "1"], "leave out --lr"), (["--shard", "--seed", "3"], "leave out --seed, --shard")):
+        with user_error("run's own flags", words):
+            grpo.parse_args(["--resume", str(out), *wrong])
+    for change, words in (({"lr": -1}, "-1"), ({"mode": "x"}, "mode"), ({"recompute": "yes"}, "recompute"), ({"freeze": 3}, "freeze"),
+                          ({"steps": None, "beta": "a"}, "--beta"), ({"entropy": [1]}, "--entropy")):
+        edit_json(out / "args.json", **{**saved, **change})
+        with user_error("args.json", words):
+            grpo.parse_args(["--resume", str(out)])
+    edit_json(out / "args.json", **{**saved, "model": str(tmp_path / "gone")})
+    with user_error("only with its starting model", "gone"):
+        main_here(monkeypatch, "--resume", out, "--steps", 9)
+    (out / "args.json").write_text("{")
+    with user_error("args.json", "JSON"):
+        grpo.parse_args(["--resume", str(out)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
