@@ -267,11 +267,29 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     folder = find_folder(name)
     settings = read_json(folder / "config.json")
     kind = settings.get("model_type")
-    if "num_vq_tokens" in settings:
-        return load_show_o(folder, settings, device, dtype)
-    if kind not in ("janus", "multi_modality"):
+    if "num_vq_tokens" not in settings and kind not in ("janus", "multi_modality"):
         raise UserError(f"{folder}: model_type {kind!r} is not a Janus ('janus' or 'multi_modality'), nor a Show-o")
-    return load_janus(folder, settings, device, dtype)
+    model = (load_show_o if "num_vq_tokens" in settings else load_janus)(folder, settings, device, dtype)
+    try:
+        model.generation_prompt(["?"]), model.question_prompt(["?"])
+    except Exception as error:  # of the tokenizer, or a dozen classes of Jinja's
+        raise UserError(f"{folder}: no prompt can be made with its tokenizer and chat template ({one_line(error)})") from None
+    return model
+
+
+# What a configuration with a wrong value raises, here or in transformers.
+BAD_CONFIG = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, RuntimeError, StrictDataclassError)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def read_guidance(path: Path, value) -> float:
+    """A checkpoint's default guidance, 5 where it names none."""
+    if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
+        raise UserError(f"{path}: a guidance of {value!r} is not a number of at least 0")
+    return 5.0 if value is None else float(value)
 
 
 def load_janus(folder: Path, settings: dict, device: str | torch.device, dtype: torch.dtype) -> Janus:
@@ -284,15 +302,17 @@ def load_janus(folder: Path, settings: dict, device: str | torch.device, dtype: 
         else:
             tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
             config = JanusConfig.from_dict({**settings, "tie_word_embeddings": "lm_head.weight" not in tensors})
-    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{folder}/config.json: not a Janus configuration ({reason})") from None
+    except BAD_CONFIG as error:
+        raise UserError(f"{folder}/config.json: not a Janus configuration ({one_line(error)})") from None
     processor = read_processor(folder, config)
     config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     generation = folder / "generation_config.json"
-    guidance = (read_json(generation) if generation.exists() else {}).get("guidance_scale")
-    with torch.device("meta"):
-        model = Janus(config, processor, 5.0 if guidance is None else guidance)
+    guidance = read_guidance(generation, read_json(generation).get("guidance_scale") if generation.exists() else None)
+    try:
+        with torch.device("meta"):
+            model = Janus(config, processor, guidance)
+    except BAD_CONFIG as error:
+        raise UserError(f"{folder}/config.json: not a Janus configuration ({one_line(error)})") from None
     if config.tie_word_embeddings and "language_model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"]
     check_tensors(folder, model.state_dict(), tensors)
@@ -332,9 +352,9 @@ def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype:
             raise UserError(f"{folder}: {settings['codebook_size']} codes, but its image tokenizer {2**vqmodel.bits}")
         with torch.device("meta"):
             model = ShowO(settings, tokenizer, vqmodel)
-    except (KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{folder}/config.json: not a Show-o configuration ({reason})") from None
+        read_guidance(folder / "config.json", model.guidance)
+    except BAD_CONFIG as error:
+        raise UserError(f"{folder}/config.json: not a Show-o configuration ({one_line(error)})") from None
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vqmodel.")}
     check_tensors(folder, expected, tensors)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True)

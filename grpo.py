@@ -4,7 +4,9 @@
     torchrun grpo.py --model tiny-show-o               # the tiny Show-o, which draws by mask-predict
     torchrun grpo.py --mode end-to-end                 # the answers' gradient goes through the image tokens
     torchrun --nproc_per_node 8 grpo.py --model janus-pro-1b --out runs/janus
-    python grpo.py --resume runs/grpo --steps 300      # go on with a run
+    torchrun --nproc_per_node 8 grpo.py --model janus-pro-7b --shard        # a model that does not fit one GPU
+    torchrun grpo.py --model janus --lora 16 --micro-batch 1                # adapters, which fit 24 GB
+    torchrun grpo.py --resume runs/grpo --steps 300    # go on with a run
 
 UniRL (Mao, Yang, Shou, arXiv 2505.23380), whose training code was never published. For every prompt a group of G
 trajectories is sampled: image tokens under guidance, then answer tokens about the decoded picture. The reward compares

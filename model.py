@@ -188,6 +188,14 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In at least float32, also where the input is that and the weights are bfloat16, which PyTorch refuses on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.layer_norm(widen(x), self.normalized_shape, widen(self.weight), widen(self.bias), self.eps)
+        return wide.to(x.dtype)
+
+
 class PhiAttention(nn.Module):
     """With biases, a layer norm of every query and key, and rotary embeddings on a head's first dimensions only."""
 
@@ -197,7 +205,7 @@ class PhiAttention(nn.Module):
         kv_width = config.num_key_value_heads * self.head_dim
         self.q_proj, self.dense = nn.Linear(width, width), nn.Linear(width, width)
         self.k_proj, self.v_proj = nn.Linear(width, kv_width), nn.Linear(width, kv_width)
-        self.q_layernorm, self.k_layernorm = (nn.LayerNorm(self.head_dim, config.layer_norm_eps) for _ in range(2))
+        self.q_layernorm, self.k_layernorm = (LayerNorm(self.head_dim, config.layer_norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -227,7 +235,7 @@ class PhiLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn, self.mlp = PhiAttention(config), PhiMLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:

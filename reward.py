@@ -277,9 +277,9 @@ def task_of(metadata: dict) -> Task:
         ValueError: saying what in the line is not as it should be.
     """
     tag, facts = metadata.get("tag"), metadata.get("include")
+    check_facts(tag, facts, "include")
     if not isinstance(metadata.get("prompt"), str):
         raise ValueError("no prompt")
-    check_facts(tag, facts, "include")
     for fact in metadata.get("exclude", []):
         if not isinstance(fact, dict) or not {"class", "count"} <= fact.keys():
             raise ValueError(f"{fact} under exclude needs class and count")

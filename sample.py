@@ -598,9 +598,9 @@ def run(main) -> None:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         if first_to_say():
-            reason = " ".join(str(error).split())[-120:]
-            print(f"error: rank {os.environ['RANK']} lost another rank, which died or was silent for too long (...{reason}); "
-                  "what is saved is whole: go on with --resume", file=sys.stderr, flush=True)
+            reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0][:120]
+            print(f"error: rank {os.environ['RANK']} lost another rank, which died or was silent for too long ({reason}); what is "
+                  "saved is whole: go on with --resume", file=sys.stderr, flush=True)
         os._exit(1)  # the usual way out would wait for the lost rank
 
 

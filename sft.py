@@ -4,6 +4,8 @@
     torchrun sft.py --model tiny-show-o                # the tiny Show-o, which draws by mask-predict
     torchrun sft.py --mode end-to-end                  # through the image tokens, by straight-through Gumbel-softmax
     torchrun --nproc_per_node 8 sft.py --model janus-pro-1b --out runs/janus-sft
+    torchrun --nproc_per_node 8 sft.py --model janus-pro-7b --shard        # a model that does not fit one GPU
+    torchrun sft.py --resume runs/sft                  # go on with a run
 
 UniRL (Mao, Yang, Shou, arXiv 2505.23380), whose training code was never published. A prompt is built from facts, so the
 answer to its question is known. Two ways to learn from it:
