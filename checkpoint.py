@@ -273,12 +273,14 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     try:
         model.generation_prompt(["?"]), model.question_prompt(["?"])
     except Exception as error:  # of the tokenizer, or a dozen classes of Jinja's
-        raise UserError(f"{folder}: no prompt can be made with its tokenizer and chat template ({one_line(error)})") from None
+        raise UserError(f"{folder}: its tokenizer and chat template make no prompt ({one_line(error)})") from None
     return model
 
 
 # What a configuration with a wrong value raises, here or in transformers.
-BAD_CONFIG = (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, RuntimeError, StrictDataclassError)
+BAD_CONFIG = (
+    KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError, RuntimeError, StrictDataclassError
+)
 
 
 def one_line(error: Exception) -> str:

@@ -107,6 +107,7 @@ def begin(args: argparse.Namespace, model: UnifiedModel) -> tuple[Path, int]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     probe(out, args, model)
     write_json(out / "args.json", vars(args))
+    flush(out / "args.json"), flush(out)
     return out, 0
 
 
@@ -117,7 +118,7 @@ def go_on(args: argparse.Namespace, model: UnifiedModel) -> tuple[Path, int]:
     if start > args.steps or start == args.steps and finished.exists() and read_json(finished).get("steps") == start:
         raise UserError(f"{out} already has {start} steps: give more with --steps")
     probe(out, args, model)
-    for left in out.glob("*.partial"):  # what a killed run was writing, or deleting
+    for left in out.glob("*.partial*"):  # what a killed run was writing, or deleting
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []

@@ -321,10 +321,10 @@ def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable
                check: Callable[[Task], None] = lambda task: None) -> tuple[list[Task], Vocabulary]:
     """Tasks from JSON lines, and the vocabulary with the objects and colors that they add to it. A line:
 
-        {"tag": "position", "prompt": "A dog sits right of a teddy bear.",
-         "facts": [{"class": "teddy bear", "count": 1},
+        {"tag": "position", "prompt": "A dog sits right of a kayak.",
+         "facts": [{"class": "kayak", "count": 1},
                    {"class": "dog", "count": 1, "position": ["right of", 0]}],
-         "question": "Where is the dog?", "answer": "The dog is right of the teddy bear"}
+         "question": "Where is the dog?", "answer": "The dog is right of the kayak"}
 
     `tag` is one of TAGS and says which facts are asked for; `facts` are objects as under GenEval's `include`: a `color`
     for colors and color_attr, a `position` for the second object of position, relative to the first. `question` and

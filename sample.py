@@ -17,6 +17,7 @@ else is in the batch. The token is where the cumulative sum of the softmax passe
 """
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -585,13 +586,21 @@ def non_negative(kind):
     return parse
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)  # full, read-only or broken
+
+
 def run(main) -> None:
-    """Calls main(); a user's mistake, or the loss of another rank, becomes one line on stderr and exit code 1, a
-    programmer's mistake keeps its traceback."""
+    """Calls main(); a user's mistake, a disk's, or the loss of another rank becomes one line on stderr and exit code 1,
+    a programmer's mistake keeps its traceback."""
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}" if first_to_say() else 1)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {name}cannot be written ({error.strerror}); what is saved is whole" if first_to_say() else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
@@ -599,8 +608,8 @@ def run(main) -> None:
             raise
         if first_to_say():
             reason = str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0][:120]
-            print(f"error: rank {os.environ['RANK']} lost another rank, which died or was silent for too long ({reason}); what is "
-                  "saved is whole: go on with --resume", file=sys.stderr, flush=True)
+            print(f"error: rank {os.environ['RANK']} lost another rank, which died or was silent for too long ({reason}); "
+                  "what is saved is whole: go on with --resume", file=sys.stderr, flush=True)
         os._exit(1)  # the usual way out would wait for the lost rank
 
 

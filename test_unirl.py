@@ -2431,15 +2431,26 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(small, tmp_pa
                 lives(out, "--model", small, *LIFE, ranks=ranks)
             assert contents(out / "step_000008") == expected
             assert [line["step"] for line in read_metrics(out)] == list(range(1, 9))
-            assert not list(out.glob("*.partial")) and len(list(out.glob("step_*"))) == 2
+            assert not list(out.glob("*.partial*")) and len(list(out.glob("step_*"))) == 2
             folder += 1
     print(f"{kills} kills on {ranks} ranks, {while_saving} of them while saving, {folder} runs to their end")
 
 
-@pytest.mark.parametrize("script, mode", [("sft", "two-stage"), ("grpo", "end-to-end")])
-def test_two_ranks_resume_to_the_bit(small, tmp_path, script, mode):
-    """Two ranks, killed after a step; sft's replayed pictures and the answers' generators are back too."""
-    shape = ["--model", "tiny", "--mode", mode, "--steps", 4, "--save-every", 2, "--prompts", 4, "--group", 2, *QUICK]
+def save_show_o(folder: Path) -> Path:
+    """A small random Show-o that lives in the shapes world."""
+    magvit = {**SMALL_MAGVIT, **{key: [1, 1, 1] for key in SMALL_MAGVIT if key.endswith(("multipliers", "blocks"))}}
+    save(small_show_o(tokens=36, steps=3, guidance=1.0, world="shapes", vqmodel=MAGVITv2(magvit)), folder)
+    return folder
+
+
+@pytest.mark.parametrize("script, kind, more", [
+    ("sft", "janus", []), ("grpo", "janus", ["--mode", "end-to-end"]),
+    ("grpo", "show-o", ["--reward", "likelihood", "--lora", "2"]), ("sft", "show-o", ["--answer-weight", "0.3", "--shard"]),
+])
+def test_two_ranks_resume_to_the_bit(tmp_path, script, kind, more):
+    """Two ranks, gone after a step; sft's replayed pictures, the answers' generators, adapters and shards are back."""
+    model = "tiny" if kind == "janus" else save_show_o(tmp_path / "model")
+    shape = ["--model", model, *more, "--steps", 4, "--save-every", 2, "--prompts", 4, "--group", 2, *QUICK]
     out = tmp_path / "run"
     lives(out, *shape, ranks=2, script=script)
     again = shutil.copytree(out, tmp_path / "again", ignore=shutil.ignore_patterns("step_000004", "summary.json"))
@@ -2650,6 +2661,14 @@ def test_own_prompts_are_read_with_what_was_left_out():
     assert score("a submarine", tasks[0], vocabulary) == 1 and score("a ring", tasks[0], vocabulary) == 0
 
 
+def test_the_documented_own_prompts_are_good():
+    readme, docs = (ROOT / "README.md").read_text(), read_tasks.__doc__
+    shown = [text[text.index('{"tag"') :].split(end)[0] for text, end in ((readme, "```"), (docs, "\n\n"))]
+    for text, count in zip(shown, (2, 1)):
+        rows = " ".join(text.split()).replace('} {"tag"', '}\n{"tag"')
+        assert len(read_tasks(rows.encode(), REAL)[0]) == count
+
+
 FAULTY = [
     (b"{not json", "Expecting"), (b"[1]", "no JSON object"), (b"\xff\xfe", "utf-8"), (b'"' + b"[" * 5000, ""),
     ({**OWN[0], "tag": "colour"}, "unknown tag 'colour'"), ({**OWN[0], "tag": []}, "unknown tag"), ({}, "unknown tag None"),
@@ -2832,8 +2851,7 @@ def test_fuzz(kind, small, finished, tmp_path, monkeypatch, capsys):
     """Mutated flags, configurations, weights, runs and prompts, each on a short run of one of the two scripts and models:
     a good run, whose last checkpoint is whole, or one line. No other exception, no checkpoint that is not whole, no
     summary of a run that failed."""
-    magvit = {**SMALL_MAGVIT, **{key: [1, 1, 1] for key in SMALL_MAGVIT if key.endswith(("multipliers", "blocks"))}}
-    save(small_show_o(tokens=36, steps=3, guidance=1.0, world="shapes", vqmodel=MAGVITv2(magvit)), tmp_path / "show-o")
+    save_show_o(tmp_path / "show-o")
     every = shapes.held_out_tasks
     monkeypatch.setattr(evaluate_module.shapes, "held_out_tasks", lambda: every()[::20])
     monkeypatch.setattr(checkpoint, "snapshot_download", offline)
@@ -4121,8 +4139,8 @@ def test_saved_show_o_loads_as_it_was(saved_show_o, tmp_path):
     first, second = (sample_images(m, PROMPTS, [1, 2, 3], 1.5, compiled=False) for m in (model, again))
     assert torch.equal(first.codes, second.codes)
     again.steps, again.guidance = 3, 2.0
-    save(again, tmp_path / "again", {"more.pt": {"a": torch.ones(1)}})
-    assert load(str(tmp_path / "again")).steps == 3 and (tmp_path / "again" / "more.pt").exists()
+    save(again, tmp_path / "again", {"more.safetensors": {"a": torch.ones(1)}})
+    assert load(str(tmp_path / "again")).steps == 3 and (tmp_path / "again" / "more.safetensors").exists()
 
 
 PUBLISHED = {  # names and shapes of the published classes' state dict, at PHI's sizes
@@ -4236,8 +4254,7 @@ def test_pictures_are_cut_to_show_os_square(saved_show_o, tmp_path):
 
 def test_grpo_runs_on_a_show_o(tmp_path):
     """Two steps in the shapes world: on policy, a gradient, and a checkpoint that draws as it was trained to."""
-    magvit = {**SMALL_MAGVIT, **{key: [1, 1, 1] for key in SMALL_MAGVIT if key.endswith(("multipliers", "blocks"))}}
-    save(small_show_o(tokens=36, steps=3, guidance=1.0, world="shapes", vqmodel=MAGVITv2(magvit)), tmp_path / "show-o")
+    save_show_o(tmp_path / "show-o")
     done = run_grpo(
         "--model", tmp_path / "show-o", "--out", tmp_path / "run", "--steps", 2, "--prompts", 2, "--group", 2, *SHORT,
         "--reward", "likelihood", "--draw-steps", 4, "--replay-steps", 2, "--max-tokens", 4,

@@ -45,7 +45,7 @@ def load_start(args: argparse.Namespace, device: torch.device) -> UnifiedModel:
         return load(args.model, "cpu" if args.shard else device)
     except UserError as error:
         if args.resume:
-            raise UserError(f"{args.resume}: a run goes on only with its starting model, which the KL is to: {error}") from None
+            raise UserError(f"{args.resume}: goes on only with its starting model, which the KL is to: {error}") from None
         raise
 
 
@@ -67,7 +67,7 @@ def prepare(
     policy.recompute(args.recompute)
     if args.lora:
         policy.requires_grad_(False)
-        if not args.shard:  # no copy of what stays as it is learns, so it need not be float32
+        if not args.shard:  # what never learns need not be float32
             policy.language_model.layers.to(compute_type(args, device))
     reference = frozen_copy(policy)  # with --lora of the same tensors
     if folder and not args.lora:
@@ -123,18 +123,12 @@ def shard(model: UnifiedModel, dtype: torch.dtype, device: torch.device) -> None
 
 def make_optimizer(model: UnifiedModel, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW over what learns, whole and sharded weights in groups of their own, which its fused loops need."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if not weights:
-        raise UserError(f"--freeze {' '.join(args.freeze)}: nothing is left to learn")
-    return torch.optim.AdamW(by_kind(weights), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def by_kind(weights: Iterable[Tensor]) -> list[dict]:
-    """Parameter groups: the weights that every rank has whole, and those that are sharded."""
     kinds = {False: [], True: []}
-    for weight in weights:
-        kinds[isinstance(weight, DTensor)].append(weight)
-    return [{"params": kind} for kind in kinds.values() if kind]
+    for weight in model.parameters():
+        if weight.requires_grad:
+            kinds[isinstance(weight, DTensor)].append(weight)
+    groups = [{"params": weights} for weights in kinds.values() if weights]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,6 +229,8 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     args.freeze = [p for p in ("vision_model", "vqmodel") if p in parts] if args.freeze is None else args.freeze
     if not set(args.freeze) <= set(parts):
         raise UserError(f"--freeze {' '.join(args.freeze)}: {args.model} has {', '.join(parts)}")
+    if set(args.freeze) == set(parts):
+        raise UserError(f"--freeze {' '.join(args.freeze)}: nothing is left to learn")
     if args.lora and "language_model" in args.freeze:
         raise UserError("--freeze language_model leaves --lora nothing to adapt")
     if args.entropy[0] >= args.entropy[1]:
@@ -288,20 +284,20 @@ class Health:
         now = {"idle": idle, "skipped": line["skipped"] > 0, "kl": kl > self.max_kl,
                "entropy": not self.low <= entropy <= self.high and math.isfinite(entropy)}
         self.counts = {key: self.counts[key] + 1 if wrong else 0 for key, wrong in now.items()}
-        reasons = {
+        advice = {
             "idle": advice,
             "skipped": f"loss {line['loss']}, gradient norm {line['grad_norm']}. The batch is in {self.out}; try a lower --lr",
-            "kl": f"KL to the reference {kl:.3g} nats an image token, above --max-kl {self.max_kl:g}. The policy has left its "
-                  "start; try a lower --lr or a higher --beta",
-            "entropy": f"entropy {entropy:.3g} nats an image token, outside {self.low:.3g} to {self.high:.3g} (--entropy). The "
-                       "policy collapsed to a few codes or dissolved into noise; try a lower --lr or a higher --beta",
+            "kl": f"KL to the reference {kl:.3g} nats an image token, above --max-kl {self.max_kl:g}. The policy has left "
+                  "its start; try a lower --lr or a higher --beta",
+            "entropy": f"entropy {entropy:.3g} nats an image token, outside {self.low:.3g} to {self.high:.3g} (--entropy). "
+                       "The policy collapsed to a few codes or dissolved into noise; try a lower --lr or a higher --beta",
         }
-        for key, reason in reasons.items():
+        for key, reason in advice.items():
             if self.counts[key] >= PATIENCE[key]:
                 if key == "skipped":
                     write_batch(rollouts, Path(self.out) / f"failed_batch_rank{rank}.safetensors")
-                raise UserError(f"stopped at step {line['step']}, {self.counts[key]} such steps in a row: {reason}. Checkpoints "
-                                f"are as they were")
+                raise UserError(f"stopped at step {line['step']}, {self.counts[key]} such steps in a row: {reason}. "
+                                "Checkpoints are as they were")
 
 
 def write_batch(rollouts: Sequence, path: Path) -> None:
@@ -361,19 +357,16 @@ def score_before(out: Path, rank: int, measure: Callable[[], tuple[dict, list[di
         return json.loads((out / "before.json").read_text())
     scores, records = measure()
     if rank == 0:
-        write_json(out / "before.json", scores)
         report(records, out / "before.png")
+        write_json(out / "before.json", scores)  # last, as a run that was killed in between measures again
     return scores
 
 
 def write_line(out: Path, line: dict) -> None:
     """Appends a step's metrics; what is not finite becomes null, which JSON has."""
     plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
-    try:
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(plain) + "\n")
-    except OSError as error:
-        raise UserError(f"{out}/metrics.jsonl: cannot be written ({error.strerror}); go on with --resume {out}") from None
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(plain) + "\n")
 
 
 def mean_rewards(tasks: Sequence[Task], rewards: Sequence[float]) -> dict[str, float]:
@@ -436,8 +429,8 @@ def finish(args, before: dict, after: dict, records: list[dict], world: World, s
     """summary.json, after.png and the table, with the conditions of the scores and what to do next."""
     out = Path(args.out)
     summary = {"model": args.model, "mode": args.mode, "seed": args.seed, "steps": args.steps, "seconds": seconds}
-    write_json(out / "summary.json", {**summary, "before": before, "after": after})
     report(records, out / "after.png")
+    write_json(out / "summary.json", {**summary, "before": before, "after": after})
     curves([out], out / "curves.png")
     print(table({"before": before, "after": after}))
     steps = f"{args.draw_steps} mask-predict steps, " if args.draw_steps else ""
