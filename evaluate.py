@@ -473,7 +473,7 @@ def main() -> None:
     if args.compare:
         return print(compare(args.compare))
     out, pictures, model = Path(args.out), None, None
-    rank, _, device = start_ranks()
+    rank, _, device = start_ranks(86_400)  # of a folder begun before, one rank may have hours more to draw
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -35,7 +35,7 @@ from evaluate import write_json, write_whole
 from model import UnifiedModel, UserError, merged
 from sample import agree
 
-CHANGEABLE = {"resume", "mode", "steps", "save_every", "keep", "timeout"}  # flags that --resume may stand beside
+CHANGEABLE = {"resume", "mode", "steps", "save_every", "keep", "timeout", "max_kl", "entropy"}  # beside --resume
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags of the run that goes on
@@ -239,7 +239,7 @@ def save_run(
         last = next((place(out, other).name for other in reversed(checkpoints(out))), "none")
         raise UserError(f"{place(out, step)}: cannot be written ({' '.join(str(error).split())}); the last checkpoint is "
                         f"{last}: make room and go on with --resume {out}") from None
-    for old in checkpoints(out)[: -keep or None] if keep else []:
+    for old in checkpoints(out)[:-keep] if keep else []:
         shutil.rmtree(place(out, old).rename(place(out, old).with_suffix(".partial")), ignore_errors=True)
 
 
