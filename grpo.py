@@ -83,6 +83,9 @@ TINY_END_TO_END = {
     **TINY, "steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"
 }
 REAL_END_TO_END = {**REAL, "answer_weight": 1.0, "judge": "frozen"}
+TINY_SHOW_O = {  # fewer pictures, as each takes a dozen passes over all of its codes to draw
+    "two-stage": {"steps": 50, "prompts": 8}, "end-to-end": {"steps": 25, "prompts": 8}
+}
 PATIENCE = 10  # steps in a row without any spread of rewards, or with no gradient, before a run is stopped
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +269,8 @@ def main() -> None:
     policy = load(args.model, device)
     world = world_of(policy)
     two_stage, end_to_end = (TINY, TINY_END_TO_END) if world.detect else (REAL, REAL_END_TO_END)
-    fill_in(args, two_stage if args.mode == "two-stage" else end_to_end, policy, ranks)
+    defaults = two_stage if args.mode == "two-stage" else end_to_end
+    fill_in(args, {**defaults, **(TINY_SHOW_O[args.mode] if world.detect and policy.steps else {})}, policy, ranks)
     if not args.answer_weight and (args.mode == "end-to-end" or not args.image_weight):
         raise UserError("--answer-weight is 0, and nothing else would be trained")
     if args.judge == "frozen" and args.mode == "two-stage" and args.answer_weight:

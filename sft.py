@@ -79,6 +79,9 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
 REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
+TINY_SHOW_O = {  # fewer pictures, as each takes a dozen passes over all of its codes to draw
+    "two-stage": {"steps": 40, "prompts": 96}, "end-to-end": {"steps": 25, "prompts": 96}
+}
 PATIENCE = 10  # steps in a row without a right answer ever, or with no gradient, before a run is stopped
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +244,8 @@ def main() -> None:
     policy = load(args.model, device)
     world = world_of(policy)
     two_stage, end_to_end = (TINY, TINY_END_TO_END) if world.detect else (REAL, REAL_END_TO_END)
-    fill_in(args, two_stage if args.mode == "two-stage" else end_to_end, policy, ranks)
+    defaults = two_stage if args.mode == "two-stage" else end_to_end
+    fill_in(args, {**defaults, **(TINY_SHOW_O[args.mode] if world.detect and policy.steps else {})}, policy, ranks)
     if not args.answer_weight and not args.image_weight:
         raise UserError("--image-weight and --answer-weight are both 0: nothing would be trained")
     for part in args.freeze:
