@@ -79,8 +79,8 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
 REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
-TINY_SHOW_O = {  # fewer pictures, as each takes a dozen passes over all of its codes to draw
-    "two-stage": {"steps": 40, "prompts": 96}, "end-to-end": {"steps": 25, "prompts": 96}
+TINY_SHOW_O = {  # fewer pictures, as each takes several passes over all of its codes to draw and to score
+    "two-stage": {"steps": 30, "prompts": 96}, "end-to-end": {"steps": 20, "prompts": 96}
 }
 PATIENCE = 10  # steps in a row without a right answer ever, or with no gradient, before a run is stopped
 
@@ -206,7 +206,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
     add("--estimator", choices=["replay", "remask"],
         help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
-    add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 2)")
+    add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 3)")
     add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))

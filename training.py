@@ -120,7 +120,7 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
         raise UserError(f"--freeze {' '.join(args.freeze)}: {args.model} has {', '.join(parts)}")
 
 
-REPLAY_STEPS = 2  # of a Show-o's trajectory, unless --replay-steps says otherwise: each costs a pass there and back
+REPLAY_STEPS = 3  # of a Show-o's trajectory, unless --replay-steps says otherwise: each costs a pass there and back
 
 
 def fill_in_mask_predict(args: argparse.Namespace, model: UnifiedModel) -> None:

@@ -50,7 +50,7 @@ CONFIG = dict(
     tie_word_embeddings=False,
 )
 SHOW_O = dict(
-    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=12, world="shapes", w_clip_vit=False,
+    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=6, world="shapes", w_clip_vit=False,
     phi_config=dict(
         hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=256,
     ),
