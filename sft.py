@@ -82,6 +82,9 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
 REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
+TINY_SHOW_O = {  # fewer pictures, as each takes several passes over all of its codes to draw and to score
+    "two-stage": {"steps": 30, "prompts": 96}, "end-to-end": {"steps": 20, "prompts": 96}
+}
 IDLE = (  # what is said to a run that learned nothing for a while
     "no answer was right, or no gradient came back, so no image token learned anything. The task is hopeless or the "
     "model collapsed at this setting: look at the samples; try another --guidance, or an earlier checkpoint"
@@ -213,7 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="whose log-probability of an image token (default: guided, the distribution that is sampled)")
     add("--estimator", choices=["replay", "remask"],
         help="of that of a Show-o's: in the steps that committed them, or masked anew at random (default: replay)")
-    add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 2)")
+    add("--replay-steps", type=non_negative(int), help="random steps replayed of a Show-o's image, 0: all (default: 3)")
     add("--lr", type=positive(float), help="at its highest; falls to 0 over --steps; with --lora ten times " + both("lr"))
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
@@ -256,7 +259,8 @@ def main() -> None:
     policy = load_start(args, device)
     world = world_of(policy)
     two_stage, end_to_end = (TINY, TINY_END_TO_END) if world.detect else (REAL, REAL_END_TO_END)
-    fill_in(args, two_stage if args.mode == "two-stage" else end_to_end, policy, ranks)
+    defaults = two_stage if args.mode == "two-stage" else end_to_end
+    fill_in(args, {**defaults, **(TINY_SHOW_O[args.mode] if world.detect and policy.steps else {})}, policy, ranks)
     if not args.answer_weight and not args.image_weight:
         raise UserError("--image-weight and --answer-weight are both 0: nothing would be trained")
     draw_task, vocabulary = task_stream(args, policy, world)

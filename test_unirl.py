@@ -3957,7 +3957,7 @@ def test_flags_without_meaning_are_refused(show_o, tiny):
     model = copy.deepcopy(show_o)
     args = fill(model, "--draw-steps", "7", "--replay-steps", "6")
     assert (args.draw_steps, model.steps, args.replay_steps, args.freeze) == (7, 7, 6, ["vqmodel"])
-    assert fill(show_o).replay_steps == 2 and fill(show_o, "--replay-steps", "0").replay_steps == 0
+    assert fill(show_o).replay_steps == 3 and fill(show_o, "--replay-steps", "0").replay_steps == 0
     assert fill(show_o, "--estimator", "remask").replay_steps is None
     assert fill(tiny).replay_steps is None and fill(tiny).freeze == ["vision_model", "vqmodel"]
 

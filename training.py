@@ -238,7 +238,7 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
 
 
 LORA_LR = 10  # times the learning rate of all weights, unless --lr is given
-REPLAY_STEPS = 2  # of a Show-o's trajectory, unless --replay-steps says otherwise: each costs a pass there and back
+REPLAY_STEPS = 3  # of a Show-o's trajectory, unless --replay-steps says otherwise: each costs a pass there and back
 
 
 def fill_in_mask_predict(args: argparse.Namespace, model: UnifiedModel) -> None:

@@ -50,7 +50,7 @@ CONFIG = dict(
     tie_word_embeddings=False,
 )
 SHOW_O = dict(
-    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=12, world="shapes", w_clip_vit=False,
+    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=6, world="shapes", w_clip_vit=False,
     phi_config=dict(
         hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=256,
     ),
@@ -442,10 +442,11 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=4000, help="first steps, in which every caption is right")
     parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
     parser.add_argument("--scenes", type=int, default=20_000, help="pictures to draw from")
-    parser.add_argument("--guidance", type=float, default=3.0, help="the checkpoint's default guidance")
+    parser.add_argument("--guidance", type=float, help="the checkpoint's own (default: 3, for Show-o 2, which is 1 + w = 3)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out = args.out or f"tiny/{args.model}"
+    args.guidance = args.guidance if args.guidance is not None else {"janus": 3.0, "show-o": 2.0}[args.model]
     work = Path(args.out + ".work")
     work.mkdir(parents=True, exist_ok=True)
 
