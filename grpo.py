@@ -87,7 +87,7 @@ TINY_END_TO_END = {
 }
 REAL_END_TO_END = {**REAL, "answer_weight": 1.0, "judge": "frozen"}
 TINY_SHOW_O = {  # fewer pictures, as each takes several passes over all of its codes to draw and to score
-    "two-stage": {"steps": 60, "prompts": 8, "lr": 2e-4}, "end-to-end": {"steps": 20, "prompts": 8}
+    "two-stage": {"steps": 50, "prompts": 8, "lr": 1.2e-4}, "end-to-end": {"steps": 20, "prompts": 8}
 }
 IDLE = (  # what is said to a run that learned nothing for a while
     "no group had answers of different reward, or no gradient came back, so nothing was learned. The task is solved, "
