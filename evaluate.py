@@ -251,7 +251,7 @@ def draw_folder(
     conditions = {"model": name, "prompts": len(world.suite), "images_per_prompt": images_per_prompt,
                   "guidance": guidance, "temperature": temperature, "draw_steps": model.steps, "seed": seed}
     kept = folder / "conditions.json"
-    if kept.exists() and json.loads(kept.read_text()) != conditions:
+    if kept.exists() and read_conditions(folder) != conditions:
         raise UserError(f"{folder}: holds pictures drawn under other conditions ({kept}): give another --out")
     for index, task in enumerate(world.suite):
         (folder / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
@@ -273,6 +273,18 @@ def draw_folder(
         dist.barrier()
 
 
+def read_conditions(folder: Path) -> dict:
+    """What draw_folder noted of a folder's pictures; nothing for anybody else's."""
+    path = folder / "conditions.json"
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: damaged; delete it if the pictures are not evaluate.py's")
+    return known
+
+
 def read_folder(folder: Path) -> list[tuple[dict, list[Path]]]:
     """A line of metadata and its pictures for every prompt of a folder in GenEval's layout.
 
@@ -290,7 +302,7 @@ def read_folder(folder: Path) -> list[tuple[dict, list[Path]]]:
             line = json.loads(path.read_text())
             task_of(line)
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}:1: not a line of GenEval's metadata ({error})") from None
+            raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not a line of GenEval's metadata ({error})") from None
         files = sorted(file for file in (prompt / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", file.name))
         for file in files:
             try:
@@ -299,12 +311,14 @@ def read_folder(folder: Path) -> list[tuple[dict, list[Path]]]:
             except (OSError, SyntaxError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); delete it and draw it again") from None
         pictures.append((line, files))
-    kept = folder / "conditions.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    known, suite = read_conditions(folder), geneval_suite()
     each = known.get("images_per_prompt", max(len(files) for _, files in pictures))
-    count = known.get("prompts", int(prompts[-1].name) + 1)
-    missing = count * each - sum(len(files) for _, files in pictures)
-    if missing > 0 or not each:
+    if not each:
+        raise UserError(f"{folder}: has no pictures (00000/samples/0000.png)")
+    begun = len(pictures) >= 80 and all(a[0] == geneval_metadata(b) for a, b in zip(pictures, suite))
+    count = known.get("prompts", max(int(prompts[-1].name) + 1, len(suite) if begun else 0))
+    missing = count * each - sum(min(len(files), each) for _, files in pictures)
+    if missing > 0:
         raise UserError(f"{folder}: interrupted: {missing} of {count * each} pictures are missing ({count} prompts, "
                         f"{each} each); draw the rest first (the call that drew these goes on where it stopped)")
     return pictures
@@ -350,7 +364,8 @@ def write_json(path: Path, content: dict | list) -> None:
 def picture(record: dict, side: int) -> np.ndarray:
     """A record's picture [side, side, 3] uint8 with the detector's boxes, in a frame that is green where the detector
     calls it right and red where not."""
-    image = Image.fromarray(record["image"]) if "image" in record else Image.open(record["file"]).convert("RGB")
+    file = None if "image" in record else ImageOps.exif_transpose(Image.open(record["file"]))
+    image = file.convert("RGB") if file else Image.fromarray(record["image"])
     scale = side / max(image.size)
     method = Image.NEAREST if scale > 1 else Image.LANCZOS
     image = image.resize((round(image.width * scale), round(image.height * scale)), method)
@@ -371,14 +386,17 @@ def report(records: list[dict], path: Path, columns: int = 12, side: int = 168) 
     chosen = []
     for tag in TAGS:
         tagged = sorted((r for r in records if r["tag"] == tag), key=lambda r: (bool(r["drawn"]), bool(r["answered"])))
-        chosen += [tagged[i] for i in np.linspace(0, len(tagged) - 1, min(columns, len(tagged))).round().astype(int)]
+        few = [tagged[i] for i in np.linspace(0, len(tagged) - 1, min(columns, len(tagged))).round().astype(int)]
+        chosen += few + [None] * (columns - len(few) if few else 0)  # a category begins a row
     verdicts = {True: "RIGHT", False: "WRONG: ", None: "not judged"}
     captions = [
-        f"{r['prompt'].removeprefix('a photo of ')}\n{verdicts[r['drawn']]}{r['reason'].removeprefix('expected ')}"
+        "" if r is None else f"{r['tag']}: {r['prompt'].removeprefix('a photo of ')}\n"
+        + verdicts[r["drawn"]] + r["reason"].removeprefix("expected ")
         + ("" if r["answer"] is None else f"\nsays {'RIGHT' if r['answered'] else 'WRONG'}: {r['answer']}")
         for r in chosen
     ]
-    contact_sheet(np.stack([picture(r, side) for r in chosen]), captions, path, columns)
+    blank = np.full((side, side, 3), 255, np.uint8)
+    contact_sheet(np.stack([blank if r is None else picture(r, side) for r in chosen]), captions, path, columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,11 +532,11 @@ def finish(args, world: World, folder: Path, pictures: list, records: list[dict]
     Raises:
         UserError: after writing all that, where a detector found nothing on most pictures: then it is no measure.
     """
-    out, kept = Path(args.out), folder / "conditions.json"
+    out = Path(args.out)
     lines = "".join(json.dumps(line) + "\n" for line, _ in pictures)
     empty = share([not r["detections"] for r in records]) if world.detect else None
     broken = isinstance(world.detect, Detector) and empty > 0.5
-    drawn = json.loads(kept.read_text()) if kept.exists() else {}
+    drawn = read_conditions(folder)
     scorer = f"{args.detector}, {args.clip}" if isinstance(world.detect, Detector) else "the shapes world's detector"
     conditions = {
         "model": args.model, "images": str(folder), "guidance": drawn.get("guidance"),

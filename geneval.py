@@ -22,7 +22,6 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, Mask2FormerForUniversalSegmentation
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from model import UserError
 from reward import GENEVAL
@@ -116,6 +115,7 @@ SHORT, LONG = 800, 1333  # pixels that the detector's input has at least, unless
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAX_DETECTIONS = 100  # of an image, over queries and classes
 OUTSIDE = (0x99, 0x99, 0x99)  # what CLIP sees outside an object's mask
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
@@ -153,10 +153,6 @@ class Detector:
 
     def __init__(self, segmenter, clip, tokenizer):
         self.segmenter, self.clip, self.tokenizer = segmenter.eval(), clip.eval(), tokenizer
-        side = clip.config.vision_config.image_size
-        self.crops = CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
         self.classifiers = {}  # class -> [colors, D]
 
     @torch.no_grad()
@@ -176,8 +172,12 @@ class Detector:
         scale = min(LONG / max(size), SHORT / min(size))
         resized = int(height * scale + 0.5), int(width * scale + 0.5)
         padded = tuple(-(-side // 32) * 32 for side in resized)
-        large = np.stack([Image.fromarray(image).resize(resized[::-1], Image.BILINEAR) for image in images])
-        x = torch.from_numpy(large).to(self.segmenter.device).permute(0, 3, 1, 2).float()
+        if scale < 1:  # without antialiasing, as OpenCV does it; Pillow would smooth
+            x = torch.from_numpy(images).to(self.segmenter.device).permute(0, 3, 1, 2).float()
+            x = F.interpolate(x, resized, mode="bilinear").round()
+        else:
+            large = np.stack([Image.fromarray(image).resize(resized[::-1], Image.BILINEAR) for image in images])
+            x = torch.from_numpy(large).to(self.segmenter.device).permute(0, 3, 1, 2).float()
         x = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
         x = F.pad(x, (0, padded[1] - resized[1], 0, padded[0] - resized[0]))  # [B, 3, H', W']
         out = self.segmenter(pixel_values=x)
@@ -199,14 +199,23 @@ class Detector:
         for i, k in wanted:
             visible = np.where(found[i][k].mask[..., None], images[i], np.uint8(OUTSIDE))
             left, top, right, bottom = map(int, found[i][k].box)
-            crops.append(visible[top:bottom, left:right])
+            crops.append(self.clip_pixels(Image.fromarray(visible[top:bottom, left:right])))
         for start in range(0, len(crops), 16):
-            pixels = self.crops(images=crops[start : start + 16], return_tensors="pt")["pixel_values"]
-            features = F.normalize(self.clip.get_image_features(pixels.to(self.clip.device)).pooler_output, dim=-1)
+            pixels = torch.stack(crops[start : start + 16]).to(self.clip.device)
+            features = F.normalize(self.clip.get_image_features(pixels).pooler_output, dim=-1)
             for (i, k), feature in zip(wanted[start : start + 16], features):
                 best = (self.classifier(found[i][k].name) @ feature).argmax().item()
                 found[i][k] = found[i][k]._replace(color=GENEVAL.colors[best])
         return found
+
+    def clip_pixels(self, image: Image.Image) -> Tensor:
+        """What CLIP sees of a picture [3, side, side], as open_clip makes it: the shorter side resized, the centre cut out
+        (halves of a pixel rounded to even)."""
+        side, short = self.clip.config.vision_config.image_size, min(image.size)
+        size = tuple(side * edge // short for edge in image.size)
+        left, top = (round((edge - side) / 2) for edge in size)
+        cut = image.resize(size, Image.BICUBIC).crop((left, top, left + side, top + side))
+        return torch.from_numpy((np.asarray(cut, np.float32) / 255 - CLIP_MEAN) / CLIP_STD).float().permute(2, 0, 1)
 
     def classifier(self, name: str) -> Tensor:
         """A unit vector for every color [10, D]: the mean of the normalised embeddings of its COLOR_PROMPTS."""

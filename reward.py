@@ -280,9 +280,10 @@ def task_of(metadata: dict) -> Task:
     check_facts(tag, facts, "include")
     if not isinstance(metadata.get("prompt"), str):
         raise ValueError("no prompt")
-    for fact in metadata.get("exclude", []):
-        if not isinstance(fact, dict) or not {"class", "count"} <= fact.keys():
-            raise ValueError(f"{fact} under exclude needs class and count")
+    excluded = metadata.get("exclude", [])
+    for fact in excluded if isinstance(excluded, list) else [excluded]:
+        if not isinstance(fact, dict) or not isinstance(fact.get("class"), str) or type(fact.get("count")) is not int:
+            raise ValueError(f"{fact} under exclude needs a class and a whole count")
     return replace(make_task(tag, facts), prompt=metadata["prompt"])
 
 

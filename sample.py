@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -486,7 +486,7 @@ def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
 def read_image(model: UnifiedModel, path: str) -> Tensor:
     """Pixels [1, 3, H, W] of an image file, made the model's square."""
     try:
-        image = Image.open(path).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (UnidentifiedImageError, OSError) as error:
@@ -498,12 +498,13 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], path: str | Path,
     """Writes pictures [B, H, W, 3] uint8 with a caption of a few lines under each, small ones enlarged."""
     side = max(images.shape[1], 144)
     wrapped = [[part for line in c.split("\n") for part in textwrap.wrap(line, side // 6) or [""]] for c in captions]
-    cell = side + 12, side + 14 * max(map(len, wrapped)) + 14
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (cell[0] * min(columns, len(images)), cell[1] * rows), "white")
+    tops = [0]  # of rows, each as high as its longest caption wants
+    for start in range(0, len(images), columns):
+        tops.append(tops[-1] + side + 14 * max(map(len, wrapped[start : start + columns])) + 14)
+    sheet = Image.new("RGB", ((side + 12) * min(columns, len(images)), tops[-1]), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped)):
-        left, top = cell[0] * (i % columns) + 6, cell[1] * (i // columns) + 6
+        left, top = (side + 12) * (i % columns) + 6, tops[i // columns] + 6
         sheet.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (left, top))
         pen.multiline_text((left, top + side + 2), "\n".join(lines), fill="black")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -82,8 +82,9 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
 REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
-TINY_SHOW_O = {  # fewer pictures, as each takes several passes over all of its codes to draw and to score
-    "two-stage": {"steps": 30, "prompts": 96}, "end-to-end": {"steps": 20, "prompts": 96}
+TINY_SHOW_O = {  # without guidance, which leaves it too little to explore; fewer steps, as each takes longer
+    "two-stage": {"guidance": 0.0, "steps": 25, "prompts": 192, "micro_batch": 96},
+    "end-to-end": {"guidance": 0.0, "steps": 15, "prompts": 96, "micro_batch": 96},
 }
 IDLE = (  # what is said to a run that learned nothing for a while
     "no answer was right, or no gradient came back, so no image token learned anything. The task is hopeless or the "
@@ -207,7 +208,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", metavar="FILE", help="your own prompts, JSON lines as reward.read_tasks says, to train on")
     add("--group", type=positive(int), default=1, help="images a prompt (default: 1)")
     add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
-    add("--guidance", type=non_negative(float), help="w (default: the checkpoint's)")
+    add("--guidance", type=non_negative(float), help="w (default: the checkpoint's; a tiny Show-o learns at 0)")
     add("--temperature", type=positive(float), default=1.0, help="of image tokens (default: 1)")
     add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
     add("--max-tokens", type=positive(int), help="of an answer " + both("max_tokens"))

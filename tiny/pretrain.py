@@ -442,11 +442,11 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=4000, help="first steps, in which every caption is right")
     parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
     parser.add_argument("--scenes", type=int, default=20_000, help="pictures to draw from")
-    parser.add_argument("--guidance", type=float, help="the checkpoint's own (default: 3, for Show-o the published 5)")
+    parser.add_argument("--guidance", type=float, help="the checkpoint's own (default: 3, for Show-o 2, which is 1 + w = 3)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out = args.out or f"tiny/{args.model}"
-    args.guidance = args.guidance if args.guidance is not None else {"janus": 3.0, "show-o": 5.0}[args.model]
+    args.guidance = args.guidance if args.guidance is not None else {"janus": 3.0, "show-o": 2.0}[args.model]
     work = Path(args.out + ".work")
     work.mkdir(parents=True, exist_ok=True)
 
