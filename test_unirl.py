@@ -3264,6 +3264,12 @@ def test_the_detectors_preprocessing(scorers, monkeypatch):
     theirs = Mask2FormerImageProcessorPil()(images=square[0], return_tensors="pt")["pixel_values"]
     assert (inputs[0] - theirs).abs().max() < 1e-4
     assert inputs[1].shape[2:] == (512, 1344) and not inputs[1][0, :, 500:].any() and not inputs[1][0, :, :, 1333:].any()
+    large = rng.integers(0, 256, (1, 1600, 1600, 3), dtype=np.uint8)
+    with torch.no_grad():
+        detector.segment(large)
+    halved = large[0].reshape(800, 2, 800, 2, 3).mean((1, 3)).round()  # between two pixels each way: no antialiasing
+    expected = (halved - np.float32(geneval.MEAN)) / np.float32(geneval.STD)
+    assert np.abs(inputs[2][0].permute(1, 2, 0).numpy() - expected).max() < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -4276,11 +4282,11 @@ def test_grpo_runs_on_a_show_o(tmp_path):
     save_show_o(tmp_path / "show-o")
     done = run_grpo(
         "--model", tmp_path / "show-o", "--out", tmp_path / "run", "--steps", 2, "--prompts", 2, "--group", 2, *SHORT,
-        "--reward", "likelihood", "--draw-steps", 4, "--replay-steps", 2, "--max-tokens", 4,
+        "--reward", "likelihood", "--draw-steps", 4, "--replay-steps", 2, "--max-tokens", 4, "--guidance", 0.5,
     )
     assert done.returncode == 0, done.stderr
     first, second = read_metrics(tmp_path / "run")
     assert first["kl_image"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-4) and first["rollout_difference"] < 1e-4
     assert first["grad_norm"] > 0 and second["step"] == 2 and "4 mask-predict steps" in done.stdout
     trained = load(str(tmp_path / "run" / "step_000002"))
-    assert trained.steps == 4 and not torch.equal(trained.lm_head.weight, load(str(tmp_path / "show-o")).lm_head.weight)
+    assert trained.steps == 4 and trained.guidance == 0.5 and not torch.equal(trained.lm_head.weight, load(str(tmp_path / "show-o")).lm_head.weight)

@@ -218,6 +218,7 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     if args.lora and not lr:
         args.lr *= LORA_LR
     args.guidance = model.guidance if args.guidance is None else args.guidance
+    model.guidance = args.guidance  # so that checkpoints draw as they were trained to
     images = args.prompts * args.group
     if images % ranks:
         raise UserError(f"{args.prompts} prompts x {args.group} images a step cannot be split over {ranks} ranks")
