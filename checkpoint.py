@@ -11,6 +11,7 @@ is unpickled but tensors.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -355,6 +356,8 @@ def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype:
         with torch.device("meta"):
             model = ShowO(settings, tokenizer, vqmodel)
         read_guidance(folder / "config.json", model.guidance)
+        if math.isqrt(model.num_image_tokens) ** 2 != model.num_image_tokens:
+            raise UserError(f"{folder}: {model.num_image_tokens} image tokens (num_vq_tokens) are not a square")
     except BAD_CONFIG as error:
         raise UserError(f"{folder}/config.json: not a Show-o configuration ({one_line(error)})") from None
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vqmodel.")}

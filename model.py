@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import JanusConfig, JanusProcessor, PhiConfig, PreTrainedTokenizerFast
@@ -248,6 +248,10 @@ class Phi(LanguageModel):
 
     def __init__(self, config):
         nn.Module.__init__(self)
+        if config.rope_parameters.get("rope_type", "default") != "default":
+            raise UserError("this Phi has scaled rotary embeddings; no published Show-o does, not supported")
+        if config.hidden_act not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise UserError(f"this Phi has {config.hidden_act!r} for gelu_new; no published Show-o does, not supported")
         config.head_dim = config.hidden_size // config.num_attention_heads
         self.config, self.rotary = config, int(config.head_dim * config.rope_parameters["partial_rotary_factor"])
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -782,6 +786,9 @@ class ShowO(UnifiedModel):
     def __init__(self, settings: dict, tokenizer: PreTrainedTokenizerFast, vqmodel: nn.Module):
         super().__init__()
         config = SimpleNamespace(**{**SHOW_O, **settings})
+        for key in ("num_vq_tokens", "codebook_size", "vocab_size", "max_seq_length", "steps"):
+            if type(value := getattr(config, key)) is not int or value < 1:
+                raise UserError(f"{key} {value!r} is not a whole number above 0")
         self.config, self.tokenizer, self.vqmodel = config, tokenizer, vqmodel
         self.guidance, self.steps = config.guidance, config.steps
         if not 0 < self.steps <= config.num_vq_tokens:
@@ -814,8 +821,11 @@ class ShowO(UnifiedModel):
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels [1, 3, H, W] of a picture, its shorter side resized to the model's square and the rest cut off."""
         side = math.isqrt(self.num_image_tokens) * self.vqmodel.stride
-        pixels = torch.from_numpy(np.array(ImageOps.fit(image, (side, side), Image.BICUBIC)))  # [H, W, 3]
-        return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+        long = int(side * max(image.size) / min(image.size))
+        w, h = (side, long) if image.width <= image.height else (long, side)
+        left, top = round((w - side) / 2), round((h - side) / 2)  # whole pixels, as torchvision's CenterCrop
+        image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + side, top + side))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
 
     def conditional_weight(self, guidance: float) -> float:
         """c of the guided logits l_uncond + c (l_cond - l_uncond), which is (1 + w) l_cond - w l_uncond."""

@@ -322,7 +322,7 @@ def choose_scored(
         weights = S / count * (images.steps[..., None] == replay[:, None]).any(-1)
         return replace(images, replay=replay, weights=weights, logprobs=images.logprobs * (weights > 0))
     uniforms = uniform_numbers(seeds, REPLAY, N + 1, model.device)
-    masked = (N * torch.cos(math.pi / 2 * uniforms[:, :1])).ceil().clamp(1, N)  # [B, 1]
+    masked = (N * torch.cos(math.pi / 2 * uniforms[:, :1])).round().clamp(1, N)  # [B, 1]
     steps = (uniforms[:, 1:].argsort(1).argsort(1) < masked).long()  # step 1 scores what is masked, given the rest
     images = replace(images, steps=steps, replay=torch.ones_like(steps[:, :1]), weights=steps * N / masked)
     return replace(images, logprobs=images.score(image_logits(model, images, *scoring))) if scoring else images

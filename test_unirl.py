@@ -3610,6 +3610,28 @@ def test_prompts_are_laid_out_as_published(show_o):
     assert ids.tolist() == [[show_o.mmu, show_o.soi, *[show_o.mask_id] * 9, show_o.eoi, bos, *asked]]
 
 
+def test_show_o_has_the_published_sizes_and_ids(tmp_path):
+    """configs/showo_demo_512x512.yaml and UniversalPrompting of showlab/Show-o, written out: Phi's tokenizer has 50,295
+    tokens; [PAD] comes next, then the special ones in this order, the codes, the mask."""
+    words = Tokenizer(models.WordLevel({EOS if i == 50256 else f"w{i}": i for i in range(50295)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token=EOS, eos_token=EOS).save_pretrained(tmp_path)
+    settings = {"vocab_size": 58498, "codebook_size": 8192, "num_vq_tokens": 1024}
+    tokens = checkpoint.read_show_o_tokenizer(tmp_path, settings)
+    order = "[PAD] <|soi|> <|eoi|> <|sov|> <|eov|> <|t2i|> <|mmu|> <|t2v|> <|v2v|> <|lvg|>".split()
+    assert tokens.convert_tokens_to_ids(order) == list(range(50295, 50305))
+    with torch.device("meta"):
+        model = ShowO(settings, tokens, MAGVITv2({}))
+    assert (model.soi, model.eoi, model.t2i, model.mmu, model.first_code, model.mask_id) == (
+        50296, 50297, 50300, 50301, 50305, 58497
+    )
+    trunk, layer = model.language_model, model.language_model.layers[23]
+    assert len(trunk.layers) == 24 and trunk.rotary == 32 and layer.self_attn.head_dim == 64
+    assert layer.mlp.fc1.weight.shape == (8192, 2048) and model.lm_head.weight.shape == (58498, 2048)
+    assert layer.self_attn.k_layernorm.eps == layer.input_layernorm.eps == trunk.norm.eps == 1e-5
+    assert trunk.config.rope_parameters["rope_theta"] == 10000 and layer.self_attn.k_proj.weight.shape == (2048, 2048)
+    assert (model.guidance, model.steps, model.config.max_seq_length) == (5.0, 50, 128)
+
+
 def test_padding_does_not_matter_to_show_o(show_o):
     """The hidden states of a prompt's image do not depend on how far the prompt is padded."""
     codes, known = torch.arange(9)[None] % 4, torch.arange(9)[None] % 2 == 0
@@ -3820,7 +3842,7 @@ def test_remasking_scores_what_is_masked_given_the_rest(show_o):
                                 "remask", None, 0.0, 1.0, "guided")
     sizes = (many.weights > 0).sum(1).double()
     u = torch.linspace(0, 1, 100_001, dtype=torch.double)
-    expected = (9 * torch.cos(math.pi / 2 * u)).ceil().clamp(1, 9)
+    expected = (9 * torch.cos(math.pi / 2 * u)).round().clamp(1, 9)
     assert abs(sizes.mean() - expected.mean()) < 4 * expected.std() / 20
     assert ((many.weights > 0).double().mean(0) - expected.mean() / 9).abs().max() < 0.1  # every place alike
 
@@ -3894,7 +3916,7 @@ def test_remasking_has_its_enumerated_mean(toy):
     codes = ALL_IMAGES[9:10]
     ids, mask = toy.generation_prompt(["a"])
     share = torch.linspace(0, 1, 400_001, dtype=torch.double)
-    sizes = (4 * torch.cos(math.pi / 2 * share)).ceil().clamp(1, 4)
+    sizes = (4 * torch.cos(math.pi / 2 * share)).round().clamp(1, 4)
     exact = 0.0
     with torch.no_grad():
         for m in range(1, 5):
@@ -3908,6 +3930,37 @@ def test_remasking_has_its_enumerated_mean(toy):
         images = sample.choose_scored(toy, images, range(B), "remask", None, 0.0, 1.0, "guided")
         values = images.mean(images.logprobs)
     assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(B) and values.std() > 0.1
+
+
+def test_the_sampler_draws_trajectories_with_their_enumerated_probabilities():
+    """Two codes in two steps, which code comes first included: that is by confidence, whose Gumbel noise is halved, so
+    with probability sigmoid(difference of the log-probs / 0.5)."""
+    model = small_show_o(2, codes=2, tokens=2, steps=2).double()
+    with torch.no_grad():
+        model.lm_head.weight *= 0.35
+        rows = model.generation_prompt(["a"])
+
+        def logprobs(codes, known):
+            cond, uncond = (
+                model.generation_head(model.canvas_hidden(*r, torch.tensor([codes]), torch.tensor([known])))[0]
+                for r in (rows, model.unconditional(*rows))
+            )
+            return (2 * cond - uncond).log_softmax(-1)
+
+        first, expected = logprobs([0, 0], [False, False]), torch.zeros(2, 2, 2, dtype=torch.double)  # [first place, codes]
+        for codes in product(range(2), repeat=2):
+            drawn = [first[n, codes[n]] for n in (0, 1)]
+            for place in (0, 1):
+                chosen = (sum(drawn)).exp() * torch.sigmoid((drawn[place] - drawn[1 - place]) / 0.5)
+                second = logprobs(list(codes), [n == place for n in (0, 1)])[1 - place].exp()
+                for other in (0, 1):
+                    image = [codes[place] if n == place else other for n in (0, 1)]
+                    expected[place, image[0], image[1]] += chosen * second[other]
+        images = sample_images(model, ["a"] * 8000, range(8000), 1.0, 1.0, compiled=False)
+    counts = torch.zeros_like(expected)
+    counts.index_put_((images.steps[:, 0], *images.codes.T), torch.ones(8000, dtype=torch.double), accumulate=True)
+    assert expected.sum().item() == pytest.approx(1, abs=1e-9) and (expected * 8000).min() > 5
+    assert ((counts - expected * 8000) ** 2 / (expected * 8000)).sum() < 30  # chi-square of 7 degrees: 1e-4 at 29.9
 
 
 ESTIMATORS = [dict(), dict(replay_steps=2), dict(estimator="remask")]
@@ -3960,6 +4013,28 @@ def test_relaxed_gradient_counts_each_code_as_often_as_its_weight():
     )
     close(weighted, plain * weights[..., None], 1e-6)
     assert torch.equal(relaxed_codes(logits, codes, 1.0, [1, 2], weights), F.one_hot(codes, 4).float())
+
+
+@pytest.mark.parametrize("script", ["grpo", "sft"])
+def test_end_to_end_gradient_of_subsets_is_that_of_all_steps(show_o, script):
+    """Of the answer's loss through the picture, averaged over the replayed step."""
+    judge, task = frozen_copy(show_o), draw_task(shapes.VOCABULARY, np.random.default_rng(0))
+    args = flags(guidance=2.0, mode="end-to-end", beta=0.0, tau=1.0, answer_weight=float(script == "grpo"), image_weight=1.0,
+                 picture_clip=1e9, prompts=1, group=1, no_compile=True, max_tokens=4, judge="frozen")
+    rollout = grpo.roll_out(show_o, judge, [task], [5], args)
+    whole, gradients = rollout.images, []
+    for subset in (range(5), *([step] for step in range(5))):
+        replay = torch.tensor([list(subset)])
+        weights = 5 / len(subset) * (whole.steps[..., None] == replay[:, None]).any(-1)
+        rollout.images = dataclasses.replace(whole, replay=replay, weights=weights, logprobs=whole.logprobs * (weights > 0))
+        if script == "grpo":
+            grpo.score_by_reference(judge, rollout, args)
+            loss, _ = grpo.objective(show_o, judge, rollout, torch.ones(1), args)
+        else:
+            loss, _ = sft.objective(show_o, judge, judge, rollout, [], torch.tensor([False]), args)
+        gradients.append(torch.autograd.grad(loss, show_o.lm_head.weight)[0])
+    close(torch.stack(gradients[1:]).mean(0), gradients[0], 1e-5)
+    assert gradients[0].abs().max() > 1e-4
 
 
 def test_flags_without_meaning_are_refused(show_o, tiny):
@@ -4243,7 +4318,10 @@ BAD_SHOW_O = {
     "another vocabulary": (spoil_config(vocab_size=304), "are not the 304 rows"),
     "another codebook": (spoil_config(codebook_size=8, vocab_size=307), "8 codes.*image tokenizer 4"),
     "CLIP": (spoil_config(w_clip_vit=True), "copy: .*through CLIP"),
-    "no number": (spoil_config(num_vq_tokens="nine"), "copy/config.json: not a Show-o configuration"),
+    "no number": (spoil_config(num_vq_tokens="nine"), "num_vq_tokens 'nine' is not a whole number"),
+    "half a step": (spoil_config(steps=2.5), "steps 2.5 is not a whole number"),
+    "no square": (spoil_config(num_vq_tokens=8), r"8 image tokens.*not a square"),
+    "another activation": (spoil_config(phi_config={**PHI, "hidden_act": "relu"}), "'relu' for gelu_new"),
     "missing tensor": (
         spoil_tensors(lambda t: {k: v for k, v in t.items() if k != "showo.lm_head.bias"}), "'lm_head.bias' is missing"
     ),
@@ -4275,6 +4353,9 @@ def test_pictures_are_cut_to_show_os_square(saved_show_o, tmp_path):
     Image.fromarray(stripes).save(tmp_path / "wide.png")
     pixels = sample.read_image(model, tmp_path / "wide.png")
     assert pixels.shape == (1, 3, 6, 6) and (pixels[..., 1:-1] > 0.9).all()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 16, 3), np.uint8))  # 6 x 8.7: 6 x 8, 1 cut off
+    expected = np.asarray(noise.resize((8, 6), Image.BICUBIC))[:, 1:7]  # torchvision's Resize and CenterCrop
+    assert torch.equal(model.preprocess(noise)[0].permute(1, 2, 0), torch.from_numpy(expected.copy()).float() / 127.5 - 1)
 
 
 def test_grpo_runs_on_a_show_o(tmp_path):
