@@ -539,7 +539,9 @@ class MAGVITEncoder(nn.Module):
 
 
 class MAGVITDecoder(nn.Module):
-    """Bits [B, bits, h, w], each -1 or 1 -> pixels [B, 3, H, W]. Levels are numbered from the highest resolution."""
+    """Bits [B, bits, h, w], each -1 or 1 -> pixels [B, 3, H, W]. Levels are numbered from the highest resolution. They
+    double it by nearest neighbours and a convolution: the published code has a depth-to-space block too, and never uses
+    it (models/common_modules.py)."""
 
     def __init__(self, channels: int, multipliers: Sequence[int], blocks: Sequence[int], bits: int):
         super().__init__()

@@ -218,7 +218,6 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     if args.lora and not lr:
         args.lr *= LORA_LR
     args.guidance = model.guidance if args.guidance is None else args.guidance
-    model.guidance = args.guidance  # so that checkpoints draw as they were trained to
     images = args.prompts * args.group
     if images % ranks:
         raise UserError(f"{args.prompts} prompts x {args.group} images a step cannot be split over {ranks} ranks")
@@ -226,6 +225,7 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     if images // ranks % args.micro_batch:
         raise UserError(f"--micro-batch {args.micro_batch} does not divide a rank's {images // ranks} images")
     fill_in_mask_predict(args, model)
+    model.guidance = args.guidance  # so that checkpoints draw as they were trained to
     parts = [name for name, _ in model.named_children()]
     args.freeze = [p for p in ("vision_model", "vqmodel") if p in parts] if args.freeze is None else args.freeze
     if not set(args.freeze) <= set(parts):
