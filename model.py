@@ -55,6 +55,74 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A step of sampling, compiled for a CPU. Few rows make it a matter of memory bandwidth, of which the library's products
+# and attention use a third at best: their blocks are made for many rows. Written as sums of products they become the
+# compiler's own loops, which read every weight once, in order.
+
+
+def generates_cpu_code(x: Tensor) -> bool:
+    """Whether this is being compiled for a CPU, without gradient, so that sums of products become loops."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def stored(x: Tensor) -> Tensor:
+    """x as a tensor in memory: else the compiler may compute it again in every iteration of the loop that reads it."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def attend_with_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """scaled_dot_product_attention [B, 1, H * d] of one query a head [B, H, 1, d]."""
+    B, H, _, d = q.shape
+    q = stored(widen(q).view(B, k.shape[1], -1, 1, d))  # [B, Hkv, H / Hkv, 1, d]
+    scores = (q * widen(k)[:, :, None]).sum(-1) * d**-0.5  # [B, Hkv, H / Hkv, S]
+    weights = stored(scores.masked_fill(~mask, -torch.inf).softmax(-1))
+    # Sums over tiles of a vector's width share one loop, which reads v in the order in which it lies in memory.
+    out = [(weights[..., None] * widen(tile)[:, :, None]).sum(-2) for tile in v.split(16, -1)]
+    return torch.cat(out, dim=-1).view(B, 1, H * d).to(v.dtype)  # from [B, Hkv, H / Hkv, d]
+
+
+library = torch.library.Library("unirl", "DEF")
+library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(library, "linear", "CPU")
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in float32 by oneDNN instead of MKL, which F.linear takes and which is slower on few rows of large
+    weights. (An operator of its own, as the compiler has it for constant weights only.)"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+torch.library.register_fake("unirl::linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
+
+
+class Linear(nn.Linear):
+    """A linear layer of the trunk or of what draws."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+FEW = {torch.float32: 8, torch.bfloat16: 4}  # rows, up to which loops beat the library's products
+L1 = 8192  # numbers that stay next to the processor, where each is read again for every column
+BIG = 2**18  # weights that do not
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias)."""
+    R, K = x.numel() // x.shape[-1], x.shape[-1]
+    if not generates_cpu_code(x) or torch.is_autocast_enabled("cpu") or weight.numel() < BIG:
+        return F.linear(x, weight, bias)
+    if R > FEW.get(weight.dtype, 0) or R * K > L1:
+        return torch.ops.unirl.linear(x, weight, bias) if weight.dtype == torch.float32 else F.linear(x, weight, bias)
+    x = x.contiguous()
+    rows = [widen(x.as_strided((K,), (1,), row * K)) for row in range(R)]
+    # A few columns at once, as many as registers hold the sums of, share what is read of x.
+    columns = weight.chunk(max(1, min(4, 16 // R)))
+    out = torch.cat([torch.stack([(widen(part) * row).sum(-1) for row in rows]) for part in columns], dim=1)
+    return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -74,15 +142,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cache, slots) -> Tensor:
-    """Attention [B, T, H * d] of queries [B, H, T, d] over keys and values [B, Hkv, T, d], or over all of the cache
-    once these are written into its columns `slots` [T]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, past, slots) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention [B, T, H * d] of queries [B, H, T, d] over keys and values [B, Hkv, T, d] (which come back as well), or
+    over those of `past` and these: `past` is a cache, into whose columns `slots` [T] they are written, and of which as
+    many columns are read as `mask` has; or, without `slots`, what stands before them."""
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the rotation, or a norm before it, is float32
-    if cache is not None:
-        keys, values = cache
-        k, v = keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)  # [B, Hkv, S, d]
+    own = k, v
+    if slots is not None:
+        k, v = (old.index_copy_(2, slots, new).narrow(2, 0, mask.shape[-1]) for old, new in zip(past, own))
+    elif past is not None:
+        k, v = (torch.cat(parts, dim=2) for parts in zip(past, own))  # [B, Hkv, S, d]
+    if q.shape[2] == 1 and generates_cpu_code(q):
+        return attend_with_one(q, k, v, mask), own
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(2)
+    return out.transpose(1, 2).flatten(2), own
 
 
 def causal(mask: Tensor) -> Tensor:
@@ -103,25 +176,26 @@ class Attention(nn.Module):
         super().__init__()
         width, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.q_proj = Linear(width, self.heads * self.head_dim, bias=False)
+        self.k_proj = Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * self.head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, Hkv, T, d]
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, cache, slots))
+        out, own = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, past, slots)
+        return self.o_proj(out), own
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -137,9 +211,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, slots)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
+        """The next x, and this layer's keys and values of the tokens."""
+        seen, own = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slots)
+        x = x + seen
+        return x + self.mlp(self.post_attention_layernorm(x)), own
 
 
 Cache = list[tuple[Tensor, Tensor]]  # one (keys, values) a layer, each [B, Hkv, S, d]
@@ -168,15 +244,19 @@ class LanguageModel(nn.Module):
         return [(like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)) for _ in self.layers]
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, cache: Cache | None = None, slots: Tensor | None = None
+        self, x: Tensor, positions: Tensor, mask: Tensor, past: Cache | None = None, slots: Tensor | None = None,
+        keep: Cache | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the last norm.
 
         Args:
             x: input embeddings [B, T, D].
             positions: rotary position of every token [B, T].
-            mask: [B, 1, T, S], True where a token may look; S = T, or the cache's length.
-            cache, slots: keys and values are written into the cache's columns `slots` [T] and read from all of it.
+            mask: [B, 1, T, S], True where a token may look; S = T, or that plus the tokens of `past`, or at most the
+                cache's length.
+            past: keys and values of what stands before x; or, with `slots`, the cache that x' are written into.
+            slots: cache columns [T].
+            keep: takes each layer's keys and values of x, with gradient.
         """
         half = self.rotary // 2
         theta = self.config.rope_parameters["rope_theta"]
@@ -184,7 +264,9 @@ class LanguageModel(nn.Module):
         angles = positions[:, None, :, None].float() * speed.repeat(2)  # [B, 1, T, d]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = run_block(layer, x, cos, sin, mask, cache[i] if cache else None, slots)
+            x, own = run_block(layer, x, cos, sin, mask, past[i] if past else None, slots)
+            if keep is not None:
+                keep.append(own)
         return self.norm(x)
 
 
@@ -203,11 +285,11 @@ class PhiAttention(nn.Module):
         super().__init__()
         width, self.head_dim = config.hidden_size, config.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj, self.dense = nn.Linear(width, width), nn.Linear(width, width)
-        self.k_proj, self.v_proj = nn.Linear(width, kv_width), nn.Linear(width, kv_width)
+        self.q_proj, self.dense = Linear(width, width), Linear(width, width)
+        self.k_proj, self.v_proj = Linear(width, kv_width), Linear(width, kv_width)
         self.q_layernorm, self.k_layernorm = (LayerNorm(self.head_dim, config.layer_norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # [B, H, T, d]
         d = cos.shape[-1]
@@ -215,14 +297,15 @@ class PhiAttention(nn.Module):
             torch.cat((rotate(y[..., :d], cos, sin), y[..., d:]), dim=-1)
             for y in (self.q_layernorm(q), self.k_layernorm(k))
         )
-        return self.dense(attend(q, k, v, mask, cache, slots))
+        out, own = attend(q, k, v, mask, past, slots)
+        return self.dense(out), own
 
 
 class PhiMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -238,9 +321,10 @@ class PhiLayer(nn.Module):
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn, self.mlp = PhiAttention(config), PhiMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache, slots) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
         h = self.input_layernorm(x)
-        return x + self.self_attn(h, cos, sin, mask, cache, slots) + self.mlp(h)
+        seen, own = self.self_attn(h, cos, sin, mask, past, slots)
+        return x + seen + self.mlp(h), own
 
 
 class Phi(LanguageModel):
@@ -328,8 +412,8 @@ class Aligner(nn.Module):
 
     def __init__(self, width_in: int, width: int, depth: int):
         super().__init__()
-        self.fc1 = nn.Linear(width_in, width)
-        self.hidden_layers = nn.ModuleList(nn.Linear(width, width) for _ in range(1, depth))
+        self.fc1 = Linear(width_in, width)
+        self.hidden_layers = nn.ModuleList(Linear(width, width) for _ in range(1, depth))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -605,8 +689,8 @@ class MAGVITv2(nn.Module):
 class GenerationHead(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.proj_out = nn.Linear(config.image_token_embed_dim, config.projection_dim)
-        self.vision_head = nn.Linear(config.projection_dim, config.num_embeddings)
+        self.proj_out = Linear(config.image_token_embed_dim, config.projection_dim)
+        self.vision_head = Linear(config.projection_dim, config.num_embeddings)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vision_head(F.gelu(self.proj_out(x)))
@@ -814,7 +898,7 @@ class ShowO(UnifiedModel):
     def generation_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of the image codes, from hidden states [..., D]: the head's columns for these."""
         codes = slice(self.first_code, self.first_code + self.num_codes)
-        return F.linear(hidden, self.lm_head.weight[codes], self.lm_head.bias[codes])
+        return linear(hidden, self.lm_head.weight[codes], self.lm_head.bias[codes])
 
     def see(self, codes: Tensor) -> Tensor:
         """What understanding is given of an image of codes [B, N] or one-hots [B, N, V]: these themselves."""
@@ -912,7 +996,7 @@ def frozen_copy(model: UnifiedModel) -> UnifiedModel:
 # Low-rank adapters (Hu et al. 2021)
 
 
-class Adapted(nn.Linear):
+class Adapted(Linear):
     """A linear layer that stays as it is, plus a product of two thin matrices that learns. `lora_up` starts at zero, so that
     an untouched adapter changes nothing."""
 

@@ -25,6 +25,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,19 +72,26 @@ def draw_code(model: Janus, hidden: Tensor, uniforms: Tensor, guidance: Tensor, 
 
 
 def step_image(
-    model: Janus, cache: Cache, codes: Tensor, slot: Tensor, positions: Tensor, visible: Tensor, uniforms: Tensor,
-    guidance: Tensor, temperature: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Feeds the last codes [B] at cache column `slot` [1] and draws the next ones. `positions` [R, 1], `visible`
-    [R, S]: the columns that are not padding."""
-    x = model.embed_codes(codes)[:, None]  # [B, 1, D]
+    model: Janus, cache: Cache, codes: Tensor, logprobs: Tensor, n: Tensor, prompt: Tensor, positions: Tensor,
+    visible: Tensor, uniforms: Tensor, guidance: Tensor, temperature: Tensor,
+) -> None:
+    """Feeds code number `n` [1] of every image and draws the next one, with its log-prob, into codes and logprobs
+    [B, N], in place, and counts `n` on: every step of a rollout is the same call. `prompt` [1] is the number of cache
+    columns before the image, `positions` [R, 1] code 0's, `visible` [R, S] the columns that are not padding."""
+    x = model.embed_codes(codes.index_select(1, n))  # [B, 1, D]
     x = x.repeat(len(visible) // len(codes), 1, 1)  # [R, 1, D]
+    slot = prompt + n
     mask = visible & (torch.arange(visible.shape[1], device=x.device) <= slot)
-    hidden = model.language_model(x, positions, mask[:, None, None], cache, slot)[:, 0]
-    return draw_code(model, hidden, uniforms, guidance, temperature)
+    hidden = model.language_model(x, positions + n, mask[:, None, None], cache, slot)[:, 0]
+    code, logprob = draw_code(model, hidden, uniforms.index_select(1, n + 1)[:, 0], guidance, temperature)
+    n += 1
+    codes.index_copy_(1, n, code[:, None])
+    logprobs.index_copy_(1, n, logprob[:, None])
 
 
-compiled_step_image = torch.compile(step_image, dynamic=False)
+# Products and sums of a CPU's own loops are one instruction.
+OPTIONS = {} if torch.cuda.is_available() else {"cpp.enable_floating_point_contract_flag": "fast"}
+compiled_step_image = torch.compile(step_image, dynamic=False, options=OPTIONS)
 
 
 def step_canvas(
@@ -109,7 +117,7 @@ def step_canvas(
     return drawn, logprobs, ~known & (rank >= masked)
 
 
-compiled_step_canvas = torch.compile(step_canvas, dynamic=False)
+compiled_step_canvas = torch.compile(step_canvas, dynamic=False, options=OPTIONS)
 
 
 IMAGE, ANSWER, NOISE, REPLAY = 0, 1, 2, 2**63  # what an image's seed is used for, each with numbers of its own
@@ -125,14 +133,26 @@ def uniform_numbers(seeds: Sequence[int], use: int, count: int, device: torch.de
     return torch.stack([torch.rand(count, generator=generator(seed, use)) for seed in seeds]).to(device)
 
 
-def prefill(model: UnifiedModel, x: Tensor, mask: Tensor, look: Tensor, length: int) -> tuple[Cache, Tensor]:
-    """Runs x [R, P, D] through the trunk, with attention mask `look` [R, 1, P, P], into a new cache of `length`
-    columns; also the last hidden states [R, D]."""
-    R, P = mask.shape
-    cache = model.language_model.new_cache(R, length)
-    look = F.pad(look, (0, length - P))  # nothing sees the columns still to come
-    hidden = model.language_model(x, positions_of(mask), look, cache, torch.arange(P, device=x.device))
-    return cache, hidden[:, -1]
+def read_prompts(model: UnifiedModel, ids: Tensor, mask: Tensor) -> tuple[Cache, Tensor, Tensor]:
+    """The trunk's pass over prompts [R, P], each different one once: the images of a group share theirs, and all rows
+    of guidance's other branch with as much padding are the same.
+
+    Returns the U different prompts' keys and values and last hidden states [U, D], and which each row has [R].
+    """
+    P = ids.shape[1]
+    rows, index = torch.unique(torch.cat((ids, mask), dim=1), dim=0, return_inverse=True)  # [U, 2 P], [R]
+    ids, mask, past = rows[:, :P], rows[:, P:].bool(), []
+    hidden = model.language_model(model.embed_text(ids), positions_of(mask), causal(mask), keep=past)
+    return past, hidden[:, -1], index
+
+
+def make_cache(model: UnifiedModel, past: Cache, index: Tensor | slice, rows: int, length: int) -> Cache:
+    """A cache of `rows` rows and `length` columns that begins with the rows `index` of `past`, which is used up."""
+    cache = model.language_model.new_cache(rows, length)
+    for layer in cache:
+        for column, kept in zip(layer, past.pop(0)):
+            column[:, :, : kept.shape[2]] = kept[index]
+    return cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,24 +207,47 @@ def draw_in_order(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Code after code of prompts [R, P] (R = B, or 2 B with guidance's other branch below them): codes, their
     log-probs, and when each was drawn, all [B, N]."""
-    N, P = model.num_image_tokens, ids.shape[1]
-    uniforms = uniform_numbers(seeds, IMAGE, N, model.device)  # [B, N]
-    length = -(-(P + N - 1) // 32) * 32  # the last code is never fed back; rounded up, or every P is compiled anew
-    cache, hidden = prefill(model, model.embed_text(ids), visible, causal(visible), length)
-    code, logprob = draw_code(model, hidden, uniforms[:, 0], guidance, temperature)
-    codes, logprobs = [code], [logprob]
-    position = visible.sum(1, keepdim=True)  # [R, 1]
-    visible = F.pad(visible, (0, length - P), value=True)  # [R, S]
+    B, N, P = len(seeds), model.num_image_tokens, ids.shape[1]
+    device = model.device
+    uniforms = uniform_numbers(seeds, IMAGE, N, device)  # [B, N]
+    length = -(-(P + N) // BLOCK) * BLOCK  # rounded up, or every P is compiled anew
+    past, hidden, index = read_prompts(model, ids, visible)
+    cache = make_cache(model, past, index, len(ids), length)
+    codes, logprobs = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
+    codes[:, 0], logprobs[:, 0] = draw_code(model, hidden[index], uniforms[:, 0], guidance, temperature)
+    n, prompt = torch.tensor([[0], [P]], device=device)
+    positions = visible.sum(1, keepdim=True)  # [R, 1]
+    visible = F.pad(visible, (0, length - P), value=True)  # [R, length]
     step = compiled_step_image if compiled else step_image
-    for n in range(N - 1):
-        slot = torch.tensor([P + n], device=model.device)
-        code, logprob = step(
-            model, cache, code, slot, position + n, visible, uniforms[:, n + 1], guidance, temperature
-        )
-        codes.append(code)
-        logprobs.append(logprob)
-    codes = torch.stack(codes, 1)
-    return codes, torch.stack(logprobs, 1), torch.arange(N, device=codes.device).repeat(len(codes), 1)
+    if device.type == "cuda":
+        arguments = model, cache, codes, logprobs, n, prompt, positions, visible, uniforms, guidance, temperature
+        repeat(partial(step, *arguments), N - 1, graph=compiled)
+    else:
+        for begin in range(0, N - 1, BLOCK):  # columns that are filled; the others need not be read
+            look = visible[:, : min(P + begin + BLOCK, length - 1)]
+            torch._dynamo.mark_dynamic(look, 1)
+            arguments = model, cache, codes, logprobs, n, prompt, positions, look, uniforms, guidance, temperature
+            step(*arguments)
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):  # as these arguments are the same ones
+                for _ in range(begin + 1, min(begin + BLOCK, N - 1)):
+                    step(*arguments)
+    return codes, logprobs, torch.arange(N, device=device).repeat(B, 1)
+
+
+BLOCK = 32  # columns of a cache
+
+
+def repeat(step: Callable[[], None], times: int, graph: bool) -> None:
+    """Calls step() so many times on a GPU: recorded once and then replayed, without a call from Python for every kernel."""
+    warm = min(times, 3) if graph else times  # what is compiled or chosen at first use cannot be recorded
+    for _ in range(warm):
+        step()
+    if times > warm:
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording):
+            step()
+        for _ in range(times - warm):
+            recording.replay()
 
 
 def mask_schedule(tokens: int, steps: int) -> list[int]:
@@ -242,7 +285,8 @@ def mask_predict(
     device, image = model.device, N + 2  # with <|soi|> and <|eoi|>
     uniforms = uniform_numbers(seeds, IMAGE, S * 2 * N, device).view(B, S, 2, N)
     length = -(-(P + image) // 32) * 32  # rounded up, or every P is compiled anew
-    cache, _ = prefill(model, model.embed_text(ids), visible, causal(visible), length)
+    past, _, index = read_prompts(model, ids, visible)
+    cache = make_cache(model, past, index, len(ids), length)
     slots = torch.arange(P, P + image, device=device)
     positions = visible.sum(1, keepdim=True) + torch.arange(image, device=device)  # [R, N + 2]
     look = F.pad(F.pad(visible, (0, image), value=True), (0, length - P - image))[:, None, None]  # [R, 1, 1, S]
@@ -280,22 +324,36 @@ def image_logits(
 
 def forced_logits(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [B, N, V] of all codes after prompts [B, P], each given those before it."""
-    x = torch.cat((model.embed_text(ids), model.embed_codes(images.codes[:, :-1])), dim=1)  # [B, P + N - 1, D]
-    mask = F.pad(mask, (0, images.codes.shape[1] - 1), value=True)
-    hidden = model.language_model(x, positions_of(mask), causal(mask))
-    # The begin-of-image tag, the last of the prompt's P tokens, predicts the first code.
-    return model.generation_head(hidden[:, ids.shape[1] - 1 :])
+    past, first, index = read_prompts(model, ids, mask)  # whose last token, the begin-of-image tag, predicts code 0
+    x = model.embed_codes(images.codes[:, :-1])  # [B, N - 1, D]
+    T = x.shape[1]
+    look = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, -1, -1)
+    look = torch.cat((mask[:, None, None].expand(-1, -1, T, -1), look), dim=-1)  # [B, 1, N - 1, P + N - 1]
+    hidden = after_prompts(model, x, look, past, index, mask)
+    return model.generation_head(torch.cat((first.index_select(0, index)[:, None], hidden), dim=1))
 
 
 def replayed_logits(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits [B, N, V] of each code that is scored, after prompts [B, P], given the codes that were committed before
     it. Which step commits which code is taken as given."""
     codes, steps, hidden = images.codes, images.steps, 0.0
+    past, _, index = read_prompts(model, ids, mask)
+    N = codes.shape[1]
+    look = F.pad(mask, (0, N + 2), value=True)[:, None, None].expand(-1, -1, N + 2, -1)  # [B, 1, N + 2, P + N + 2]
     everything = torch.arange(model.steps, device=codes.device).expand(len(codes), -1)
     for step in (everything if images.replay is None else images.replay).T:  # [B], an image's own
-        now = model.canvas_hidden(ids, mask, codes, steps < step[:, None])
+        x = model.embed_canvas(codes, steps < step[:, None])  # [B, N + 2, D]
+        now = after_prompts(model, x, look, past, index, mask)[:, 1:-1]
         hidden = now.where((steps == step[:, None])[..., None], hidden)
     return model.generation_head(hidden)
+
+
+def after_prompts(model: UnifiedModel, x: Tensor, look: Tensor, past: Cache, index: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, T, D] of x [B, T, D], which stands after prompts with `mask` [B, P], the rows `index` [B] of
+    `past`."""
+    past = [tuple(kept.index_select(0, index) for kept in layer) for layer in past]  # [B, Hkv, P, d]
+    positions = mask.sum(1, keepdim=True) + torch.arange(x.shape[1], device=x.device)
+    return model.language_model(x, positions, look, past)
 
 
 @torch.no_grad()
@@ -421,10 +479,10 @@ def sample_answers(
     ids, mask = model.question_prompt(questions)  # [B, Q]
     Q, end = ids.shape[1], model.tokenizer.eos_token_id
     uniforms = None if seeds is None else uniform_numbers(seeds, ANSWER, max_tokens, model.device)
-    cache, hidden = prefill(
-        model, model.embed_question(ids, image), mask, model.question_mask(ids, mask), Q + max_tokens
-    )
-    logits = model.lm_head(hidden)
+    x, past = model.embed_question(ids, image), []  # [B, Q, D]
+    hidden = model.language_model(x, positions_of(mask), model.question_mask(ids, mask), keep=past)
+    cache = make_cache(model, past, slice(None), len(ids), Q + max_tokens)
+    logits = model.lm_head(hidden[:, -1])
     position = mask.sum(1, keepdim=True)  # [B, 1]
     visible = F.pad(mask, (0, max_tokens), value=True)
     alive = torch.ones_like(mask[:, 0])

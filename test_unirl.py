@@ -725,7 +725,7 @@ def test_detached_and_guided_modes_have_one_value_and_two_gradients(janus):
 IMAGE_FAULTS = {
     "hidden states off by one": lambda patch, model: patch.setattr(
         model.language_model, "forward",
-        lambda *inputs, forward=model.language_model.forward: forward(*inputs).roll(1, dims=1)
+        lambda *inputs, forward=model.language_model.forward, **named: forward(*inputs, **named).roll(1, dims=1)
     ),
     "codes shifted by one": lambda patch, model: patch.setattr(
         model, "embed_codes", lambda codes, embed=model.embed_codes: embed(codes.roll(1, dims=1))
@@ -746,6 +746,14 @@ IMAGE_FAULTS = {
     ),
     "future is looked at": lambda patch, model: patch.setattr(
         sample, "causal", lambda mask: mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+    ),
+    "codes to come are looked at": lambda patch, model: patch.setattr(
+        sample, "after_prompts", lambda model, x, look, *rest, right=sample.after_prompts: right(
+            model, x, look | (torch.arange(look.shape[-1]) >= look.shape[-1] - x.shape[1]), *rest)
+    ),
+    "prompts exchanged": lambda patch, model: patch.setattr(
+        sample, "after_prompts", lambda model, x, look, past, index, mask, right=sample.after_prompts: right(
+            model, x, look, past, index.roll(1), mask)
     ),
     "guidance and temperature swapped": lambda patch, model: patch.setattr(
         sample, "guide", lambda c, u, w, t, right=sample.guide: right(c, u, t, w)
@@ -3680,8 +3688,8 @@ def test_replay_sees_planted_faults(show_o, monkeypatch):
     wrong_steps = copy.copy(images)
     wrong_steps.steps = (images.steps + 1) % 5
     assert min(gap(wrong_steps), gap(guidance=1.0), gap(temperature=1.0), gap(mode="conditional")) > 1e-2
-    monkeypatch.setattr(model_module, "causal", lambda mask, right=model_module.causal: right(torch.ones_like(mask)))
-    monkeypatch.setattr(model_module, "positions_of", lambda mask, right=model_module.positions_of: 2 * right(mask))
+    monkeypatch.setattr(sample, "causal", lambda mask, right=sample.causal: right(torch.ones_like(mask)))
+    monkeypatch.setattr(sample, "positions_of", lambda mask, right=sample.positions_of: 2 * right(mask))
     assert gap() > 1e-2
 
 
