@@ -41,7 +41,9 @@ trajectories unless said:
     zero_spread            share of groups whose rewards are all equal (they give no gradient)
     loss                   the objective below, summed over ranks
     kl_image, kl_answer    k3 estimate of KL(policy || reference) a token: exp(r - p) - (r - p) - 1, p and r log-probs
-    ratio, clipped         mean of exp(p - sampler's log-prob) over image tokens; share of them outside 1 +- clip
+    ratio, clipped         mean of exp(p - sampler's log-prob) over image tokens; share of them outside 1 +- clip (with
+                           --importance-cap against the training pass's own before the step's first update)
+    importance             mean of min(exp(training pass's log-prob - sampler's), cap) over image tokens; 1 without a cap
     rollout_difference     |log-prob of the training pass - of the sampler| a token, before the step's first update
     entropy_image          of the policy's distribution of a code, nats
     grad_norm, lr, seconds gradient norm before clipping; learning rate; wall-clock seconds of the step
@@ -52,7 +54,7 @@ trajectories unless said:
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -67,8 +69,9 @@ from model import PARTS, UnifiedModel, UserError
 from resume import Signals, load_optimizer, load_state, open_run, place, resumed, save_run
 from reward import Task, Vocabulary, score
 from sample import (
-    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, k3, non_negative,
-    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
+    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, image_logprobs, k3,
+    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, score_logits, start_ranks, token_logprobs,
+    trajectory_mean,
 )
 from training import (
     Health, compute_type, contact_sheet_of, fill_in, finish, gather, learning_rate, load_start, make_optimizer,
@@ -107,9 +110,14 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
 
 
 def clipped_objective(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's loss a token [B, T]: -min(ratio A, clip(ratio, 1 +- clip) A), ratio against the sampler's log-probs."""
+    """PPO's loss a token [B, T]: -min(ratio A, clip(ratio, 1 +- clip) A), ratio against log-probs `old`."""
     ratio = (logprobs - old).exp()
     return -torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+
+
+def importance(logprobs: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(exp(log-prob - sampler's log-prob), cap) of tokens [B, T] (Ionides 2008)."""
+    return (logprobs - sampled).exp().clamp(max=cap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,6 +135,7 @@ class Rollout:
     answers: Answers
     reference_images: Tensor | None = None  # [B, N] log-probs
     reference_answers: Tensor | None = None  # [B, A]
+    first: dict[str, Tensor] = field(default_factory=dict)  # log-probs of the step's first training pass
 
 
 def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args) -> Rollout:
@@ -151,55 +160,74 @@ def self_reward(judge: UnifiedModel, rollout: Rollout, vocabulary: Vocabulary, k
     return (token_logprobs(logits, ids) * mask).sum(1).exp().tolist()
 
 
-def trajectory_logits(model: UnifiedModel, judge: UnifiedModel, rollout: Rollout, args) -> tuple[Tensor, Tensor | None]:
-    """Logits of the image codes [B, N, V] and of the answer tokens [B, A, vocabulary] of a rollout, teacher-forced.
-    End-to-end the answers' gradient reaches the image's logits through the picture."""
-    images, seen = image_logits(model, rollout.images, args.guidance, args.temperature, args.logprob), rollout.seen
-    if not args.answer_weight:
-        return images, None
+def trajectory_scores(
+    model: UnifiedModel, judge: UnifiedModel, rollout: Rollout, args
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of a rollout, teacher-forced: log-probs and entropies [B, N] of its image codes, and log-probs [B, A] of its answer
+    tokens. End-to-end the answers' gradient reaches the image's logits through the picture."""
+    scoring, seen = (rollout.images, args.guidance, args.temperature, args.logprob), rollout.seen
     if args.mode == "end-to-end" and torch.is_grad_enabled():
-        relaxed = relaxed_codes(images, rollout.images.codes, args.tau, rollout.seeds, rollout.images.weights)
+        logits = image_logits(model, *scoring)  # [B, N, V]
+        logprobs, entropy = score_logits(logits, rollout.images.codes)
+        logprobs = logprobs * (rollout.images.weights > 0)
+        relaxed = relaxed_codes(logits, rollout.images.codes, args.tau, rollout.seeds, rollout.images.weights)
         seen = model.see(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
-    return images, answer_logits(judge, seen, [task.question for task in rollout.tasks], rollout.answers.ids)
+    else:
+        logprobs, entropy = image_logprobs(model, *scoring)
+    if not args.answer_weight:
+        return logprobs, entropy, None
+    logits = answer_logits(judge, seen, [task.question for task in rollout.tasks], rollout.answers.ids)
+    return logprobs, entropy, token_logprobs(logits, rollout.answers.ids)
 
 
 def objective(
     policy: UnifiedModel, judge: UnifiedModel, rollout: Rollout, advantages: Tensor, args
 ) -> tuple[Tensor, dict]:
     """The loss summed over these trajectories, and sums over them of what is logged."""
-    image_logits_, answer_logits_ = trajectory_logits(policy, judge, rollout, args)
-    images, old = rollout.images, rollout.images.logprobs
-    logprobs = images.score(image_logits_)  # [B, N]
-    kl = k3(logprobs, rollout.reference_images)
-    loss = args.beta * images.mean(kl)
+    logprobs, entropy, answer_logprobs = trajectory_scores(policy, judge, rollout, args)
+    images, sampled = rollout.images, rollout.images.logprobs
+    old, weights = proximal(rollout, "image", logprobs, sampled, args.importance_cap)
+    kl = images.mean(k3(logprobs, rollout.reference_images))
+    loss = args.beta * kl
     if args.mode == "two-stage":  # the image's tokens are actions too, and get the advantage themselves
-        loss = args.image_weight * (loss + images.mean(clipped_objective(logprobs, old, advantages, args.clip)))
+        tokens = weights * clipped_objective(logprobs, old, advantages, args.clip)
+        loss = args.image_weight * (loss + images.mean(tokens))
     with torch.no_grad():
-        ratio, distribution = (logprobs - old).exp(), image_logits_.log_softmax(-1)
+        ratio = (logprobs - old).exp()
         sums = {
-            "kl_image": images.mean(kl).sum(),
+            "kl_image": kl.sum(),
             "ratio": (1 + images.mean(ratio - 1)).sum(),
             "clipped": images.mean(((ratio - 1).abs() > args.clip).float()).sum(),
-            "rollout_difference": images.mean((logprobs - old).abs()).sum(),
-            "entropy_image": -images.mean((distribution.exp() * distribution).sum(-1)).sum(),
+            "rollout_difference": images.mean((logprobs - sampled).abs()).sum(),
+            "importance": (1 + images.mean(weights - 1)).sum(),
+            "entropy_image": images.mean(entropy).sum(),
         }
-    if answer_logits_ is not None:
-        answers = rollout.answers
-        logprobs = token_logprobs(answer_logits_, answers.ids)  # [B, A]
-        kl = k3(logprobs, rollout.reference_answers)
-        tokens = clipped_objective(logprobs, answers.logprobs, advantages, args.clip) + args.beta * kl
-        loss = loss + args.answer_weight * trajectory_mean(tokens, answers.mask)
-        sums["kl_answer"] = trajectory_mean(kl, answers.mask).sum()
+    if answer_logprobs is not None:
+        mask = rollout.answers.mask
+        old, weights = proximal(rollout, "answer", answer_logprobs, rollout.answers.logprobs, args.importance_cap)
+        kl = k3(answer_logprobs, rollout.reference_answers)
+        tokens = weights * clipped_objective(answer_logprobs, old, advantages, args.clip) + args.beta * kl
+        loss = loss + args.answer_weight * trajectory_mean(tokens, mask)
+        sums["kl_answer"] = trajectory_mean(kl, mask).sum()
     return loss.sum(), {"loss": loss.sum(), **sums}
+
+
+def proximal(
+    rollout: Rollout, kind: str, logprobs: Tensor, sampled: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """What the ratio is against, [B, T], and each token's importance weight. Without a cap these are the sampler's own
+    log-probs and 1. With one, the training pass's of this step's first update, and how much likelier that pass finds the
+    token than the sampler did, at most `cap`: the sampler may then compute in lower precision."""
+    if not cap:
+        return sampled, torch.ones_like(sampled)
+    old = rollout.first.setdefault(kind, logprobs.detach())
+    return old, importance(old, sampled, cap)
 
 
 def score_by_reference(reference: UnifiedModel, rollout: Rollout, args) -> None:
     """Adds the reference's log-probs of the rollout's tokens."""
     with torch.no_grad():
-        images, answers = trajectory_logits(reference, reference, rollout, args)
-        rollout.reference_images = rollout.images.score(images)
-        if answers is not None:
-            rollout.reference_answers = token_logprobs(answers, rollout.answers.ids)
+        rollout.reference_images, _, rollout.reference_answers = trajectory_scores(reference, reference, rollout, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,6 +255,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
     add("--no-compile", action="store_true", help="start at once, sample slower")
     add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
+    add("--sample-bf16", action=argparse.BooleanOptionalAction,
+        help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16)")
     add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
     add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     add = parser.add_argument_group("sampling").add_argument
@@ -249,6 +279,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=non_negative(int), default=10, help="steps of linear warm-up (default: 10)")
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
     add("--clip", type=positive(float), default=0.2, help="of the ratio (default: 0.2)")
+    add("--importance-cap", type=non_negative(float), default=0.0, metavar="C",
+        help="weigh tokens by how much likelier the training pass finds them than the sampler, at most C; 0: off (default: 0)")
     add("--epochs", type=positive(int), default=1, help="updates a rollout (default: 1)")
     add("--image-weight", type=non_negative(float), default=1.0, help="of the image tokens' loss (default: 1)")
     add("--answer-weight", type=non_negative(float), help="of the answer tokens' loss " + both("answer_weight"))

@@ -237,7 +237,7 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, rows: int, length: int) -> Cache:
         """Zeros for `rows` sequences of at most `length` tokens, on the trunk's device and in its compute dtype."""
-        config, like = self.config, self.embed_tokens.weight
+        config, like = self.config, next(self.layers.parameters())
         shape = (rows, config.num_key_value_heads, length, config.head_dim)
         kind = like.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
@@ -258,6 +258,9 @@ class LanguageModel(nn.Module):
             slots: cache columns [T].
             keep: takes each layer's keys and values of x, with gradient.
         """
+        outer = x.dtype
+        if not torch.is_autocast_enabled(x.device.type):  # where the blocks are a sampler's, in bfloat16
+            x = x.to(next(self.layers.parameters()).dtype)
         half = self.rotary // 2
         theta = self.config.rope_parameters["rope_theta"]
         speed = theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)  # [d / 2]
@@ -267,7 +270,7 @@ class LanguageModel(nn.Module):
             x, own = run_block(layer, x, cos, sin, mask, past[i] if past else None, slots)
             if keep is not None:
                 keep.append(own)
-        return self.norm(x)
+        return self.norm(x.to(outer))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -3,6 +3,7 @@
     python sample.py "a photo of a red circle" -n 8 --seed 0 --out circles.png
     python sample.py --image circle.png --question "What is the color of the object?"
     python sample.py "a photo of a bench" --model janus-pro-1b
+    python sample.py --bench                       # how fast, beside transformers and a plain loop (bench.py)
 
 What is sampled is softmax((l_uncond + w (l_cond - l_uncond)) / T), w the guidance and T the temperature; for a Show-o
 softmax(((1 + w) l_cond - w l_uncond) / T), which is the same with 1 + w. `sample_images` records the log-probability of
@@ -34,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoint import NAMES, load
@@ -89,7 +91,8 @@ def step_image(
     logprobs.index_copy_(1, n, logprob[:, None])
 
 
-# Products and sums of a CPU's own loops are one instruction.
+torch._dynamo.config.recompile_limit = 64  # a graph for every batch size and cache length, which grows in BLOCKs
+# On a CPU a product and its sum are one instruction.
 OPTIONS = {} if torch.cuda.is_available() else {"cpp.enable_floating_point_contract_flag": "fast"}
 compiled_step_image = torch.compile(step_image, dynamic=False, options=OPTIONS)
 
@@ -304,37 +307,82 @@ def mask_predict(
     return codes, logprobs, steps
 
 
+def image_hidden(model: UnifiedModel, images: Images, guidance: float, mode: str) -> tuple[Tensor, Tensor | None]:
+    """Hidden states [B, N, D] that predict each code of `images`: after its prompt, and in guidance's other branch, where
+    that counts. In one teacher-forced pass each for a Janus, in one for each step that is replayed for a Show-o."""
+    branch = replayed_hidden if isinstance(model, ShowO) else forced_hidden
+    uncond = None
+    if mode != "conditional" and model.conditional_weight(guidance) != 1:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode == "guided"):
+            uncond = branch(model, images, *model.unconditional(images.ids, images.mask))
+    return branch(model, images, images.ids, images.mask), uncond
+
+
+def head_logits(
+    model: UnifiedModel, cond: Tensor, uncond: Tensor | None, guidance: float, temperature: float, mode: str
+) -> Tensor:
+    """Guided, tempered logits [B, T, V] from hidden states [B, T, D] of both branches."""
+    if uncond is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode == "guided"):
+            uncond = model.generation_head(uncond)
+    return guide(model.generation_head(cond), uncond, model.conditional_weight(guidance), temperature)
+
+
 def image_logits(
     model: UnifiedModel, images: Images, guidance: float, temperature: float, mode: str = "guided"
 ) -> Tensor:
-    """The logits [B, N, V] that each code of `images` was drawn from, with gradient: in one teacher-forced pass for a
-    Janus, in one pass for each step that is replayed for a Show-o.
+    """The logits [B, N, V] that each code of `images` was drawn from, with gradient.
 
     mode: "guided", the distribution that is sampled; "detached", the same without gradient through the unconditional
     branch; "conditional", the prompt's branch alone, which is *not* what is sampled unless the unconditional branch
     cancels out, but is what published Janus trainers score.
     """
-    branch = replayed_logits if isinstance(model, ShowO) else forced_logits
-    uncond, weight = None, model.conditional_weight(guidance)
-    if mode != "conditional" and weight != 1:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and mode == "guided"):
-            uncond = branch(model, images, *model.unconditional(images.ids, images.mask))
-    return guide(branch(model, images, images.ids, images.mask), uncond, weight, temperature)
+    return head_logits(model, *image_hidden(model, images, guidance, mode), guidance, temperature, mode)
 
 
-def forced_logits(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, N, V] of all codes after prompts [B, P], each given those before it."""
+CHUNK = 64  # codes of each image whose logits exist at once
+
+
+def image_logprobs(
+    model: UnifiedModel, images: Images, guidance: float, temperature: float, mode: str = "guided"
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, N] of the codes under `image_logits`, with gradient, and 0 for those that are not scored;
+    and each distribution's entropy [B, N], without. The logits of a few codes at a time are made, and made again in the
+    backward pass: nothing of size [B, N, V] ever exists."""
+
+    def part(cond: Tensor, uncond: Tensor | None, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return score_logits(head_logits(model, cond, uncond, guidance, temperature, mode), codes)
+
+    cond, uncond = image_hidden(model, images, guidance, mode)
+    pieces = [tensor.split(CHUNK, dim=1) for tensor in (cond, images.codes)]
+    others = [None] * len(pieces[0]) if uncond is None else uncond.split(CHUNK, dim=1)
+    again = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
+    scores = [again(c, u, codes) for c, u, codes in zip(pieces[0], others, pieces[1])]
+    logprobs, entropy = (torch.cat(kind, dim=1) for kind in zip(*scores))
+    return logprobs * (images.weights > 0), entropy
+
+
+def score_logits(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, T] of codes [B, T] under logits [B, T, V], and the entropies [B, T], without gradient."""
+    logprobs = widen(logits).log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, codes[..., None])[..., 0], entropy
+
+
+def forced_hidden(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, N, D] that predict all codes after prompts [B, P], each given those before it."""
     past, first, index = read_prompts(model, ids, mask)  # whose last token, the begin-of-image tag, predicts code 0
     x = model.embed_codes(images.codes[:, :-1])  # [B, N - 1, D]
     T = x.shape[1]
     look = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, -1, -1)
     look = torch.cat((mask[:, None, None].expand(-1, -1, T, -1), look), dim=-1)  # [B, 1, N - 1, P + N - 1]
     hidden = after_prompts(model, x, look, past, index, mask)
-    return model.generation_head(torch.cat((first.index_select(0, index)[:, None], hidden), dim=1))
+    return torch.cat((first.index_select(0, index)[:, None], hidden), dim=1)
 
 
-def replayed_logits(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, N, V] of each code that is scored, after prompts [B, P], given the codes that were committed before
+def replayed_hidden(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, N, D] that predict each code that is scored, after prompts [B, P], given the codes that were committed before
     it. Which step commits which code is taken as given."""
     codes, steps, hidden = images.codes, images.steps, 0.0
     past, _, index = read_prompts(model, ids, mask)
@@ -345,7 +393,7 @@ def replayed_logits(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> 
         x = model.embed_canvas(codes, steps < step[:, None])  # [B, N + 2, D]
         now = after_prompts(model, x, look, past, index, mask)[:, 1:-1]
         hidden = now.where((steps == step[:, None])[..., None], hidden)
-    return model.generation_head(hidden)
+    return hidden
 
 
 def after_prompts(model: UnifiedModel, x: Tensor, look: Tensor, past: Cache, index: Tensor, mask: Tensor) -> Tensor:
@@ -366,7 +414,7 @@ def choose_scored(
       of each image, whose codes then count (all steps) / count times. The subsets' mean is that over all steps.
     - "remask": each image's codes are masked anew at random, as many as in Show-o's pretraining (a share cos(pi/2 u) of
       them, u uniform), and scored all at once given the others: one pass, of a distribution they were not sampled from.
-      Their old log-probs are then `model`'s, scored by image_logits(model, images, *scoring) with these very masks
+      Their old log-probs are then `model`'s, scored by image_logprobs(model, images, *scoring) with these very masks
       (left out without `scoring`).
     """
     if model.steps is None:
@@ -383,7 +431,7 @@ def choose_scored(
     masked = (N * torch.cos(math.pi / 2 * uniforms[:, :1])).round().clamp(1, N)  # [B, 1]
     steps = (uniforms[:, 1:].argsort(1).argsort(1) < masked).long()  # step 1 scores what is masked, given the rest
     images = replace(images, steps=steps, replay=torch.ones_like(steps[:, :1]), weights=steps * N / masked)
-    return replace(images, logprobs=images.score(image_logits(model, images, *scoring))) if scoring else images
+    return replace(images, logprobs=image_logprobs(model, images, *scoring)[0]) if scoring else images
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -685,7 +733,12 @@ def main() -> None:
     parser.add_argument("--image", help="a picture to ask about")
     parser.add_argument("--question", help="what to ask")
     parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
+    parser.add_argument("--bench", nargs=argparse.REMAINDER, help="measure the sampler; what follows is for bench.py")
     args = parser.parse_args()
+    if args.bench is not None:
+        import bench  # which knows this file
+
+        return bench.main(args.bench)
     if bool(args.image) != bool(args.question) or bool(args.prompt) == bool(args.image):
         parser.error("give a prompt to draw, or --image and --question")
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):

@@ -64,8 +64,9 @@ from model import PARTS, UnifiedModel, UserError
 from resume import Signals, load_optimizer, load_state, open_run, place, resumed, save_run
 from reward import Task, score
 from sample import (
-    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, k3, non_negative,
-    positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
+    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, image_logprobs, k3,
+    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, score_logits, start_ranks, token_logprobs,
+    trajectory_mean,
 )
 from training import (
     Health, compute_type, contact_sheet_of, fill_in, finish, gather, learning_rate, load_start, make_optimizer,
@@ -143,7 +144,8 @@ def replay_loss(policy: UnifiedModel, kept: list[Kept], empty: Tensor, seeds: li
     codes, steps = (torch.stack([getattr(picture, name) for picture in kept]) for name in ("codes", "steps"))
     images = Images(codes, torch.zeros_like(codes), ids, mask, steps)
     images = choose_scored(policy, images, seeds, args.estimator, args.replay_steps)
-    return -images.mean(images.score(image_logits(policy, images, args.guidance, args.temperature, args.logprob)))
+    logprobs, _ = image_logprobs(policy, images, args.guidance, args.temperature, args.logprob)
+    return -images.mean(logprobs)
 
 
 def objective(
@@ -152,12 +154,16 @@ def objective(
 ) -> tuple[Tensor, dict]:
     """The loss summed over these trajectories, and sums over them of what is logged."""
     images, sampled = rollout.images, rollout.images.logprobs
-    logits = image_logits(policy, images, args.guidance, args.temperature, args.logprob)  # [B, N, V]
+    scoring = images, args.guidance, args.temperature, args.logprob
+    if args.mode == "end-to-end":
+        logits = image_logits(policy, *scoring)  # [B, N, V]
+        logprobs, entropy = score_logits(logits, images.codes)
+        logprobs = logprobs * (images.weights > 0)
+    else:
+        logprobs, entropy = image_logprobs(policy, *scoring)  # [B, N]
     with torch.no_grad():
-        before = image_logits(reference, images, args.guidance, args.temperature, args.logprob)
-        distribution = logits.log_softmax(-1)
-    logprobs = images.score(logits)  # [B, N]
-    kl = images.mean(k3(logprobs, images.score(before)))
+        before, _ = image_logprobs(reference, *scoring)
+    kl = images.mean(k3(logprobs, before))
     loss, sums = args.beta * kl, {}
     if args.mode == "end-to-end":
         relaxed = relaxed_codes(logits, images.codes, args.tau, rollout.seeds, images.weights)
@@ -172,7 +178,7 @@ def objective(
     return loss.sum(), {
         "loss": loss.sum(), "loss_answer": answer.sum(), **sums, "kl_image": kl.sum(),
         "rollout_difference": images.mean((logprobs - sampled).abs()).sum(),
-        "entropy_image": -images.mean((distribution.exp() * distribution).sum(-1)).sum(),
+        "entropy_image": images.mean(entropy).sum(),
     }
 
 
@@ -201,6 +207,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
     add("--no-compile", action="store_true", help="start at once, sample slower")
     add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
+    add("--sample-bf16", action=argparse.BooleanOptionalAction,
+        help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16)")
     add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
     add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     add = parser.add_argument_group("sampling").add_argument

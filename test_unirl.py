@@ -61,7 +61,7 @@ import training
 from checkpoint import chat_template, load, save
 from evaluate import evaluate, summarize, world_of
 from geneval import Detection, judge, load_detector
-from model import SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, frozen_copy, generation_mask
+from model import SHOW_O_TOKENS, Janus, MAGVITv2, Phi, ShowO, UserError, frozen_copy, generation_mask, merged
 from reward import (
     GENEVAL, INVERSE, OUR_OBJECTS, REAL, TAGS, Vocabulary, article, draw_task, geneval_metadata, geneval_suite,
     is_geneval_prompt, make_task, plural, read_tasks, score, task_key,
@@ -688,13 +688,58 @@ def test_recorded_answer_logprobs_are_those_computed_again(temperature, seeds):
 
 
 def test_compiled_sampler_draws_the_same_codes_with_the_same_logprobs():
-    janus = small_janus(layers=1, image_size=8)
-    eager, compiled = (sample_images(janus, PROMPTS, [1, 2, 3], 5.0, 0.7, compiled) for compiled in (False, True))
-    assert torch.equal(eager.codes, compiled.codes)
-    close(eager.logprobs, compiled.logprobs)
+    """81 codes, so that attention's width grows twice within an image, on prompts of two lengths: one compilation."""
+    janus = small_janus(layers=1, image_size=36, text=dict(head_dim=24))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for prompts in (PROMPTS, ["a", *PROMPTS[:2]]):
+        eager, compiled = (sample_images(janus, prompts, [1, 2, 3], 5.0, 0.7, compiled) for compiled in (False, True))
+        assert torch.equal(eager.codes, compiled.codes)
+        close(eager.logprobs, compiled.logprobs)
+        with torch.no_grad():
+            logits = image_logits(janus, compiled, 5.0, 0.7)
+        close(token_logprobs(logits, compiled.codes), compiled.logprobs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_each_different_prompt_is_read_once(janus, monkeypatch):
+    """Two groups of three images, guided: two prompts and, as their lengths differ, two unconditional ones."""
+    read, forward = [], janus.language_model.forward
+    monkeypatch.setattr(janus.language_model, "forward", lambda x, *rest, **named: read.append(len(x)) or forward(x, *rest, **named))
+    prompts = ["a red circle"] * 3 + ["two rings left of a square"] * 3
+    images = sample_images(janus, prompts, range(6), 5.0, compiled=False)
+    assert read == [4] + [12] * (janus.num_image_tokens - 1)
+    read.clear()
+    image_logits(janus, images, 5.0, 1.0)
+    assert read == [2, 6, 2, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, width, bias", [(1, 512, True), (3, 512, False), (8, 512, True), (2, 5000, False), (40, 2048, True)])
+def test_compiled_products_of_few_rows_are_those_of_linear(dtype, rows, width, bias):
+    """By loops, where the rows are few and short, and by the library's other product, for float32; all against float64."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 1, width, generator=generator, dtype=torch.float64)
+    weight, shift = torch.randn(1037, width, generator=generator).double(), torch.randn(1037, generator=generator).double()
+    x, weight, shift = (t.to(dtype) for t in (x, weight, shift))
     with torch.no_grad():
-        logits = image_logits(janus, compiled, 5.0, 0.7)
-    close(token_logprobs(logits, compiled.codes), compiled.logprobs)
+        torch._dynamo.reset()
+        ours = torch.compile(model_module.linear, dynamic=False)(x, weight, shift if bias else None)
+        expected = F.linear(x.double(), weight.double(), shift.double() if bias else None)
+    assert ours.shape == expected.shape and ours.dtype == dtype
+    assert ((ours - expected).abs() / expected.std()).max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("heads, width", [(2, 32), (4, 24)])
+def test_attention_of_one_query_is_the_librarys(heads, width):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 4, 1, width, generator=generator)
+    k, v = (torch.randn(3, heads, 40, width, generator=generator).narrow(2, 0, 33) for _ in range(2))
+    mask = torch.rand(3, 1, 1, 33, generator=generator) < 0.7
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).flatten(1)
+    with torch.no_grad():
+        for attend in (model_module.attend_with_one, torch.compile(model_module.attend_with_one, dynamic=False)):
+            close(attend(q, k, v, mask)[:, 0], expected, 1e-5)
 
 
 def test_compiled_answers_are_the_eager_ones(janus, monkeypatch):
@@ -1651,6 +1696,9 @@ def enumerated_policy(monkeypatch):
     for script in (grpo, sft):
         monkeypatch.setattr(script, "token_logprobs", lambda l, t: l.log_softmax(-1).gather(-1, t[..., None])[..., 0])
         monkeypatch.setattr(script, "image_logits", logits)
+        monkeypatch.setattr(
+            script, "image_logprobs", lambda model, images, *settings: sample.score_logits(logits(model, images), images.codes)
+        )
     logprobs = first.log_softmax(0)[codes[:, 0]] + second.log_softmax(1)[codes[:, 0], codes[:, 1]]
     return (first, second), codes, logprobs.exp()
 
@@ -1658,7 +1706,7 @@ def enumerated_policy(monkeypatch):
 def flags(**changes):
     return argparse.Namespace(**{**dict(
         guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2,
-        mode="two-stage", picture_clip=1e9, prompts=1, group=1, estimator=None, replay_steps=None,
+        mode="two-stage", picture_clip=1e9, prompts=1, group=1, estimator=None, replay_steps=None, importance_cap=0.0,
     ), **changes})
 
 
@@ -1674,6 +1722,81 @@ def test_policy_gradient_equals_the_enumerated_one(monkeypatch):
     loss, _ = grpo.objective(None, None, rollout, (probabilities * rewards).detach(), flags())
     for mine, true in zip(torch.autograd.grad(loss, weights), exact):
         assert torch.allclose(mine, true, atol=1e-12)
+
+
+@pytest.mark.parametrize("cap", [0.9, 1.5, 1e6])
+def test_importance_weights_correct_for_a_sampler_of_another_distribution(cap, monkeypatch):
+    """One token of five codes, drawn from q while the policy is p: each code's advantage weighted by q, the gradient is
+    minus sum of q min(p / q, cap) A grad log p, which without truncation is the exact policy gradient; and at a second
+    update, the policy having moved, the ratio is against what the first one found."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
+    q = torch.randn(5, generator=generator, dtype=torch.float64).softmax(0)
+    rewards, codes = torch.rand(5, generator=generator, dtype=torch.float64), torch.arange(5)[:, None]
+    monkeypatch.setattr(grpo, "image_logprobs", lambda model, images, *settings: sample.score_logits(
+        logits.expand(5, 1, 5), images.codes))
+    p = logits.softmax(0)
+    weights = (p / q).clamp(max=cap).detach()
+    exact = torch.autograd.grad(-(q * weights * rewards * p.log()).sum(), logits, retain_graph=True)[0]
+    if cap == 1e6:
+        close(exact, torch.autograd.grad(-(p * rewards).sum(), logits, retain_graph=True)[0], 1e-12)
+    else:
+        assert 0 < (weights == cap).sum() < 5
+    rollout = grpo.Rollout([], [], Images(codes, q.log()[:, None], None, None), None, None, reference_images=q.log()[:, None])
+    loss, sums = grpo.objective(None, None, rollout, q * rewards, flags(importance_cap=cap))
+    close(torch.autograd.grad(loss, logits)[0], exact, 1e-12)
+    assert sums["importance"].item() / 5 == pytest.approx(weights.mean().item())
+    with torch.no_grad():
+        old = p.log()
+        logits[0] += 3
+        ratio = (logits.log_softmax(0) - old).exp()
+        moved = -(weights * torch.minimum(ratio * q * rewards, ratio.clamp(0.8, 1.2) * q * rewards)).sum()
+    assert grpo.objective(None, None, rollout, q * rewards, flags(importance_cap=cap))[0].item() == pytest.approx(moved.item())
+
+
+@pytest.mark.parametrize("mode", ["guided", "detached", "conditional"])
+@pytest.mark.parametrize("kind", ["janus", "show-o"])
+def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
+    """Values, entropies and gradients; and nothing as large as the logits is kept for the backward pass."""
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    model = small_janus(codes=640) if kind == "janus" else small_show_o(tokens=16, codes=640)
+    images = sample_images(model, PROMPTS, [1, 2, 3], 2.0, 0.8, compiled=False)
+    images = sample.choose_scored(model, images, [1, 2, 3], "replay", 2)
+    sizes, weight = [], model.language_model.embed_tokens.weight
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        logprobs, entropy = sample.image_logprobs(model, images, 2.0, 0.8, mode)
+    assert max(sizes) < images.codes.numel() * model.num_codes
+    logits = image_logits(model, images, 2.0, 0.8, mode)
+    distribution = torch.distributions.Categorical(logits=logits)
+    close(logprobs, distribution.log_prob(images.codes) * (images.weights > 0), 1e-5)
+    close(entropy, distribution.entropy(), 1e-5)
+    ours, theirs = (torch.autograd.grad(values.sum(), weight)[0] for values in (logprobs, images.score(logits)))
+    close(ours / theirs.abs().max(), theirs / theirs.abs().max(), 1e-4)
+
+
+@pytest.mark.parametrize("adapters", [0, 4])
+@pytest.mark.parametrize("kind", ["janus", "show-o"])
+def test_bfloat16_sampler_draws_from_the_policy_as_it_is_now(kind, adapters):
+    """Its blocks are the policy's rounded, everything else is the policy's own, and what it says about its codes is
+    what the float32 policy says, as near as bfloat16 is."""
+    model = small_janus() if kind == "janus" else small_show_o()
+    args = argparse.Namespace(freeze=[], recompute=False, lora=adapters, shard=False, sample_bf16=True, bf16=False, judge="policy")
+    reference, sampler = training.prepare(model, args, torch.device("cpu"), None)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) * weight.std()
+    training.refresh(sampler, model)
+    whole = merged(model.state_dict())
+    for name, weight in sampler.state_dict().items():
+        block = name.startswith("language_model.layers")
+        assert weight.dtype == (torch.bfloat16 if block else torch.float32)
+        assert torch.equal(weight, whole[name].bfloat16() if block else whole[name])
+    images = sample_images(sampler, PROMPTS, [1, 2, 3], 1.0, compiled=False)
+    with torch.no_grad():
+        gap = (sample.image_logprobs(model, images, 1.0, 1.0)[0] - images.logprobs).abs()
+    assert 1e-5 < gap.mean() < 0.1
+    answers = sample_answers(sampler, sampler.see(images.codes), ["What is it?"] * 3, [1, 2, 3])
+    assert answers.logprobs.isfinite().all()
 
 
 def test_kl_gradient_equals_the_enumerated_one(monkeypatch):
@@ -2233,7 +2356,7 @@ def test_untouched_adapters_change_nothing_and_merged_ones_are_what_was_trained(
 
 def settings_of(**changes):
     """What training.prepare and training.update look at."""
-    return flags(**{**dict(freeze=["vqmodel"], recompute=False, lora=None, shard=False, bf16=False, judge="policy", lr=1e-3, beta=0.1,
+    return flags(**{**dict(freeze=["vqmodel"], recompute=False, lora=None, shard=False, bf16=False, sample_bf16=False, judge="policy", lr=1e-3, beta=0.1,
                    group=2, prompts=2, answer_weight=0.3, tau=1.0, no_compile=True, max_tokens=4, guidance=2.0), **changes})
 
 
@@ -2294,7 +2417,7 @@ def test_bfloat16_scores_what_it_sampled_and_learns_in_float32(kind, lora):
     """Under autocast, and with blocks in bfloat16 below the adapters: on policy but for rounding, near float32's loss."""
     model = small_janus() if kind == "janus" else small_show_o()
     wide = step_of(0, 1, copy.deepcopy(model), dict(lora=lora))
-    half = step_of(0, 1, model, dict(lora=lora, bf16=True))
+    half = step_of(0, 1, model, dict(lora=lora, bf16=True, sample_bf16=True))
     assert half["means"]["rollout_difference"] < 0.1 and half["means"]["kl_image"] == 0 and half["means"]["skipped"] == 0
     assert half["means"]["grad_norm"] == pytest.approx(wide["means"]["grad_norm"], rel=0.5)
     assert all(weight.dtype == torch.float32 for name, weight in model.named_parameters() if weight.requires_grad)

@@ -60,7 +60,7 @@ def prepare(
     """Makes the starting model the policy: parts frozen, adapters, the weights of the checkpoint in `folder`, shards.
 
     Returns the reference (the starting model) and the sampler (the policy as a model that draws and answers without
-    another rank: itself, unless it is sharded; see `refresh`).
+    another rank: itself, unless it is sharded or draws in bfloat16; see `refresh`).
     """
     for part in args.freeze:
         policy.get_submodule(part).requires_grad_(False)
@@ -72,7 +72,9 @@ def prepare(
     reference = frozen_copy(policy)  # with --lora of the same tensors
     if folder and not args.lora:
         policy.load_state_dict(load(str(folder)).state_dict())
-    sampler = sampler_of(policy, compute_type(args, device)) if args.shard else policy
+    sampler = policy
+    if args.shard or args.sample_bf16:
+        sampler = sampler_of(policy, torch.bfloat16 if args.sample_bf16 else compute_type(args, device))
     if args.lora:
         add_adapters(policy, args.lora)
         if folder:
@@ -225,6 +227,8 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     if images // ranks % args.micro_batch:
         raise UserError(f"--micro-batch {args.micro_batch} does not divide a rank's {images // ranks} images")
     fill_in_mask_predict(args, model)
+    if args.sample_bf16 is None:
+        args.sample_bf16 = args.bf16 or torch.cuda.is_available()
     model.guidance = args.guidance  # so that checkpoints draw as they were trained to
     parts = [name for name, _ in model.named_children()]
     args.freeze = [p for p in ("vision_model", "vqmodel") if p in parts] if args.freeze is None else args.freeze
