@@ -47,7 +47,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 
 from checkpoint import load
 from model import Janus, ShowO, UnifiedModel, causal, positions_of
-from sample import Images, OPTIONS, draw, guide, mask_schedule, pick_device, sample_images, use_draw_steps
+from sample import OPTIONS, Images, draw, guide, image_logits, mask_schedule, pick_device, sample_images, score_logits
 
 PROMPT, GUIDANCE = "a photo of a red circle left of a blue square", 3.0
 SIZES = {  # layers, width, heads, MLP width, codes, tokens a side of an image
@@ -347,17 +347,23 @@ def scaling(args: argparse.Namespace) -> dict:
     return {"points": points, "fit": fit.tolist(), "largest_error": float(error.max())}
 
 
-def plain_forced_logits(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
-    """sample.forced_logits, with every image's prompt read by itself."""
+def plain_forced_hidden(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
+    """sample.forced_hidden, with every image's prompt read by itself."""
     x = torch.cat((model.embed_text(ids), model.embed_codes(images.codes[:, :-1])), dim=1)  # [B, P + N - 1, D]
     mask = F.pad(mask, (0, images.codes.shape[1] - 1), value=True)
-    return model.generation_head(model.language_model(x, positions_of(mask), causal(mask))[:, ids.shape[1] - 1 :])
+    return model.language_model(x, positions_of(mask), causal(mask))[:, ids.shape[1] - 1 :]
+
+
+def plain_image_logprobs(model: Janus, images: Images, *scoring) -> tuple[Tensor, Tensor]:
+    """sample.image_logprobs, out of the logits of whole images."""
+    logits = image_logits(model, images, *scoring)  # [B, N, V]
+    return score_logits(logits, images.codes)
 
 
 PLAIN = {  # what the plain way does instead
     "grpo.sample_images": lambda model, prompts, seeds, guidance, *_: plain_loop(model, prompts, guidance),
-    "sample.forced_logits": plain_forced_logits,
-    "sample.token_logprobs": lambda logits, tokens: logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0],
+    "sample.forced_hidden": plain_forced_hidden,
+    "grpo.image_logprobs": plain_image_logprobs,
 }
 
 
@@ -399,7 +405,7 @@ def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, floa
                     seeds = range(first, first + len(part))
                     images = phase("draw", lambda: grpo.sample_images(
                         sampler, prompts, seeds, args.guidance, 1.0, not args.no_compile))
-                    seen = phase("decode", lambda: policy.see(images.codes))
+                    seen = phase("decode", lambda: policy.see(images.codes) if plain else policy.look(policy.see(images.codes)))
                     answers = phase("answer", lambda: grpo.sample_answers(sampler, seen, questions, seeds, 1.0, args.max_tokens))
                     rollouts.append(grpo.Rollout(part, list(seeds), images, seen, answers))
                 for rollout in rollouts:

@@ -768,9 +768,13 @@ class Janus(UnifiedModel):
         """The trunk's input for image codes that were generated: [B, N] -> [B, N, D]"""
         return self.generation_aligner(self.generation_embeddings(codes))
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """The trunk's input for an image that is looked at: [B, 3, H, W] in [-1, 1] -> [B, M, D]"""
-        return self.aligner(self.vision_model(pixels))
+    def image_features(self, image: Tensor) -> Tensor:
+        """The trunk's input [B, M, D] for an image that is looked at: pixels [B, 3, H, W] in [-1, 1] or `look`'s."""
+        return self.aligner(image if image.dim() == 3 else self.look(image))
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """SigLIP's features [B, M, C] of pixels [B, 3, H, W], which need not be computed again while it is frozen."""
+        return self.vision_model(pixels.to(self.dtype))
 
     def see(self, codes: Tensor) -> Tensor:
         """What understanding is given of an image of codes [B, N] or one-hots [B, N, V]: its pixels."""
@@ -828,10 +832,11 @@ class Janus(UnifiedModel):
         """Attention mask [B, 1, T, T] of questions and answers with ids and mask [B, T]."""
         return causal(mask)
 
-    def embed_question(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        """Trunk input [B, Q, D] for `question_prompt`'s ids, with the image's features in their place."""
+    def embed_question(self, ids: Tensor, image: Tensor) -> Tensor:
+        """Trunk input [B, Q, D] for `question_prompt`'s ids, with the features of the image in their place: of pixels
+        [B, 3, H, W], or those that `look` gave."""
         x = self.embed_text(ids)
-        features = self.image_features(pixels.to(self.dtype))  # [B, M, D]
+        features = self.image_features(image)  # [B, M, D]
         return x.masked_scatter((ids == self.config.image_token_id)[..., None], features.to(x.dtype))
 
 

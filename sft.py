@@ -103,7 +103,7 @@ class Rollout:
     tasks: list[Task]
     seeds: list[int]
     images: Images
-    seen: Tensor  # what is seen of the images: pixels [B, 3, H, W] by a Janus, codes [B, N] by a Show-o
+    seen: Tensor  # of the images: codes [B, N] by a Show-o, by a Janus SigLIP's features or, if it learns, pixels
     answers: Answers  # greedy
 
 
@@ -125,6 +125,8 @@ def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds
     )
     with torch.no_grad():
         seen = policy.see(images.codes)
+        if "vision_model" in args.freeze:  # the same for every pass over the answers
+            seen = policy.look(seen)
     return Rollout(tasks, seeds, images, seen, sample_answers(judge, seen, questions, max_tokens=args.max_tokens))
 
 

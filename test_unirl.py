@@ -48,6 +48,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+import bench
 import checkpoint
 import evaluate as evaluate_module
 import geneval
@@ -825,6 +826,77 @@ def test_planted_fault_in_answer_scoring_is_seen(fault, monkeypatch):
     model = small_janus()
     plant = lambda: IMAGE_FAULTS[fault](monkeypatch, model)
     assert answer_gap(model, 1.0, [1, 2, 3], before_scoring=plant) > 1e-2
+
+
+# ---- what the sampler is measured against -----------------------------------------------------------------------------
+
+
+def test_plain_loop_draws_from_the_same_distribution(janus):
+    """Its recorded log-probs are those of one teacher-forced pass: it is slow, not wrong."""
+    torch.manual_seed(0)
+    images = bench.plain_loop(janus, PROMPTS, 5.0)
+    with torch.no_grad():
+        logprobs, _ = sample.image_logprobs(janus, images, 5.0, 1.0)
+    close(images.logprobs, logprobs)
+    assert images.codes.unique().numel() > 8
+
+
+def test_plain_mask_predict_draws_from_the_same_distribution():
+    """In one step, whose log-probs a replay gives; and in five, whatever they commit."""
+    model = small_show_o(steps=1)
+    torch.manual_seed(0)
+    images = bench.plain_loop(model, PROMPTS, 2.0)
+    images.steps = torch.zeros_like(images.codes)
+    with torch.no_grad():
+        close(images.logprobs, sample.image_logprobs(model, images, 2.0, 1.0)[0])
+    model.steps = 5
+    images = bench.plain_loop(model, PROMPTS, 2.0)
+    assert (images.logprobs < 0).all() and images.codes.max() < model.num_codes
+
+
+def test_plain_scoring_gives_the_same_logits(janus):
+    images = random_images(janus, PROMPTS)
+    with torch.no_grad():
+        whole = bench.plain_forced_hidden(janus, images, images.ids, images.mask)
+        close(whole, sample.forced_hidden(janus, images, images.ids, images.mask))
+
+
+@pytest.mark.parametrize("size", ["tiny", "random"])
+def test_benchmark_compares_with_transformers_on_the_same_weights(size, tiny, monkeypatch):
+    """The twin's logits are ours, on the very tensors; its images have as many codes."""
+    monkeypatch.setitem(bench.SIZES, "random", (2, 64, 4, 96, 50, 4))
+    model = tiny if size == "tiny" else bench.random_model("janus", "random", torch.float32, torch.device("cpu"))
+    twin = bench.transformers_twin(model)
+    assert twin.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    images = random_images(model, ["a red circle", "two blue squares and a ring"])
+    with torch.no_grad():
+        x = torch.cat((model.embed_text(images.ids), model.embed_codes(images.codes)), dim=1)
+        mask = F.pad(images.mask, (0, images.codes.shape[1]), value=True).long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        theirs = twin.model.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions).last_hidden_state
+        ours = sample.forced_hidden(model, images, images.ids, images.mask)
+        close(ours, theirs[:, images.ids.shape[1] - 1 : -1])
+        codes = bench.draw_with_transformers(twin, images.ids, images.mask)
+    assert codes.shape == images.codes.shape and codes.max() < model.num_codes and codes.unique().numel() > 4
+
+
+def test_benchmark_counts_what_a_step_reads(tiny):
+    text, vq = tiny.config.text_config, tiny.config.vq_config
+    D, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
+    layer = 2 * D * D + 2 * D * kv + 3 * D * text.intermediate_size
+    extra = D * (vq.embed_dim + D) + D * (D + vq.num_embeddings)
+    assert sum(w.weight.numel() for w in bench.step_weights(tiny)) == text.num_hidden_layers * layer + extra
+    cache = tiny.language_model.new_cache(6, 20 + tiny.num_image_tokens)
+    assert bench.cache_bytes(tiny, 6, 20) == sum(t.numel() * t.element_size() for layer in cache for t in layer)
+    assert 4e6 <= bench.added_memory(lambda: torch.ones(2**20).sum(), torch.device("cpu")) < 3e7
+
+
+def test_benchmark_from_the_command_line(tmp_path, capsys):
+    bench.main(["--models", "janus", "--batches", "2", "--repeats", "1", "--no-compile", "--json", str(tmp_path / "bench.json")])
+    row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["batch"] == 2 and row["tokens"] == 36 and len(row["seconds"]["plain"]) == 1
+    first = row["seconds"]["transformers"][0] / row["seconds"]["ours"][0]
+    assert row["ratio_vs_transformers"] == pytest.approx([first] * 3) and "| janus | tiny |" in capsys.readouterr().out
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------

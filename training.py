@@ -385,10 +385,10 @@ def mean_rewards(tasks: Sequence[Task], rewards: Sequence[float]) -> dict[str, f
 def contact_sheet_of(
     model: UnifiedModel, rollouts: Sequence, rewards: Sequence[float], path: Path, count: int = 24
 ) -> None:
-    """A contact sheet of this rank's trajectories (tasks, what was seen, answers), evenly chosen: prompt, answer,
+    """A contact sheet of this rank's trajectories (tasks, images, answers), evenly chosen: prompt, answer,
     reward."""
     with torch.no_grad():
-        pixels = np.concatenate([to_uint8(model.show(r.seen)) for r in rollouts])
+        pixels = np.concatenate([to_uint8(model.to_pixels(r.images.codes)) for r in rollouts])
     prompts = [task.prompt.removeprefix("a photo of ") for r in rollouts for task in r.tasks]
     texts = [text for r in rollouts for text in r.answers.texts]
     chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int)
