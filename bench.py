@@ -14,8 +14,9 @@ whole softmax:
                    multinomial and a gather out of log-softmax (published loops work like that); Show-o without a cache
 
 A time is the median over `--repeats` rounds (one of each variant a round: A B C A B C), the ratio the median of the
-rounds' ratios, in brackets their least and largest. With one thread on a CPU it is the thread's CPU time, which other processes disturb
-less than the wall clock. Random weights but for the tiny models; sizes marked * have fewer layers than published.
+rounds' ratios, in brackets their least and largest. With one thread on a CPU it is the thread's CPU time, which other
+processes disturb less than the wall clock. Random weights but for the tiny models; 1.3b* is Janus-1.3B with 2 of its 24
+layers.
 
 floor       time that the products of a step alone take at as many rows, by F.linear; its share of a step's time
 bandwidth   weights that a step reads / its time, as a share of what summing 256 MB reaches in the same run
@@ -34,6 +35,7 @@ import time
 import unittest.mock
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +47,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import JanusConfig, JanusForConditionalGeneration
 
+import grpo
+import training
 from checkpoint import load
+from evaluate import write_json
 from model import Janus, ShowO, UnifiedModel, causal, positions_of
-from sample import OPTIONS, Images, draw, guide, image_logits, mask_schedule, pick_device, sample_images, score_logits
+from sample import (
+    OPTIONS, Images, draw, guide, image_logits, mask_schedule, pick_device, positive, run, sample_answers, sample_images,
+    score_logits,
+)
 
 PROMPT, GUIDANCE = "a photo of a red circle left of a blue square", 3.0
 SIZES = {  # layers, width, heads, MLP width, codes, tokens a side of an image
@@ -321,7 +329,8 @@ print(time.perf_counter() - begin)
 
 
 def first_call(threads: int) -> dict:
-    """Seconds of the first eight images of the tiny Janus in a new process: without the compiler's cache on the disk, and with it."""
+    """Seconds of the first eight images of the tiny Janus in a new process: without the compiler's cache on the disk,
+    and with it."""
     with tempfile.TemporaryDirectory() as folder:
         code = FIRST_CALL.format(threads=threads, prompt=PROMPT)
         run = lambda: float(subprocess.run(
@@ -331,8 +340,8 @@ def first_call(threads: int) -> dict:
 
 
 def scaling(args: argparse.Namespace) -> dict:
-    """Seconds of drawing at the small size, and the fit a + b images * tokens + c images * tokens^2 by relative least squares: the
-    last term is the attention's share."""
+    """Seconds of drawing at the small size, and the fit a + b images * tokens + c images * tokens^2 by relative least
+    squares: the last term is the attention's share."""
     device, points = pick_device(), []
     for side in (8, 12, 16):
         model = random_model("janus", "small", torch.float32, device, side)
@@ -368,19 +377,15 @@ PLAIN = {  # what the plain way does instead
 
 
 def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, float]:
-    """Seconds of the phases of a step of grpo.py (two-stage, 2 prompts x 8 images of a random model, or the tiny Janus'
-    defaults), after one that is not counted."""
-    import grpo
-    import training
-
+    """Seconds of the phases of a step of grpo.py, two-stage, after one that is not counted: of a random model with 2
+    prompts x 8 images, or of the tiny Janus with its defaults."""
     device, times = pick_device(), {}
     flags = ["--prompts", "2", "--group", "8", "--micro-batch", "8", "--answer-weight", "0.3"] if size != "tiny" else []
     args = grpo.parse_args(["--no-compile"] * plain + ["--bf16"] * bf16 + flags)
     dtype = training.compute_type(args, device)
     policy = load("tiny", device) if size == "tiny" else random_model("janus", size, torch.float32, device)
-    world = grpo.world_of(load("tiny"))
     training.fill_in(args, grpo.TINY, policy, 1)
-    draw_task, vocabulary = training.task_stream(args, policy, world)
+    draw_task, _ = training.task_stream(args, policy, grpo.world_of(load("tiny")))
     reference, sampler = training.prepare(policy, args, device, None)
     optimizer = training.make_optimizer(policy, args)
     compute = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
@@ -390,100 +395,116 @@ def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, floa
         times.setdefault(name, [0.0] * (repeats + 1))[step] += clock(lambda: kept.append(work()), device)
         return kept[0]
 
-    with contextlib.ExitStack() as stack:
-        for target, replacement in PLAIN.items() if plain else ():
-            stack.enter_context(unittest.mock.patch(target, replacement))
-        for step in range(repeats + 1):
-            rng = np.random.default_rng(step)
-            tasks = [task for task in [draw_task(rng) for _ in range(args.prompts)] for _ in range(args.group)]
-            rollouts = []
-            with compute, torch.no_grad():
-                training.refresh(sampler, policy)
-                for first in range(0, len(tasks), args.micro_batch):
-                    part = tasks[first : first + args.micro_batch]
-                    prompts, questions = [task.prompt for task in part], [task.question for task in part]
-                    seeds = range(first, first + len(part))
-                    images = phase("draw", lambda: grpo.sample_images(
-                        sampler, prompts, seeds, args.guidance, 1.0, not args.no_compile))
-                    seen = phase("decode", lambda: policy.see(images.codes) if plain else policy.look(policy.see(images.codes)))
-                    answers = phase("answer", lambda: grpo.sample_answers(sampler, seen, questions, seeds, 1.0, args.max_tokens))
-                    rollouts.append(grpo.Rollout(part, list(seeds), images, seen, answers))
-                for rollout in rollouts:
-                    phase("reference", lambda: grpo.score_by_reference(reference, rollout, args))
-            objectives = [partial(grpo.objective, policy, policy, rollout, torch.ones(len(rollout.seeds)), args) for rollout in rollouts]
-            phase("update", lambda: training.update(optimizer, objectives, len(tasks), 1e-6, 1.0, compute))
+    def roll_out(tasks: list, seeds: range) -> grpo.Rollout:
+        prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
+        images = phase("draw", lambda: grpo.sample_images(sampler, prompts, seeds, args.guidance, 1.0, not plain))
+        seen = phase("decode", lambda: policy.see(images.codes) if plain else policy.look(policy.see(images.codes)))
+        answers = phase("answer", lambda: sample_answers(sampler, seen, questions, seeds, 1.0, args.max_tokens))
+        return grpo.Rollout(tasks, list(seeds), images, seen, answers)
+
+    for step in range(repeats + 1):
+        rng = np.random.default_rng(step)
+        tasks = [task for task in [draw_task(rng) for _ in range(args.prompts)] for _ in range(args.group)]
+        parts = [range(first, first + args.micro_batch) for first in range(0, len(tasks), args.micro_batch)]
+        with compute, torch.no_grad():
+            training.refresh(sampler, policy)
+            rollouts = [roll_out([tasks[i] for i in part], part) for part in parts]
+            for rollout in rollouts:
+                phase("reference", lambda: grpo.score_by_reference(reference, rollout, args))
+        advantages = torch.ones(args.micro_batch, device=device)
+        objectives = [partial(grpo.objective, policy, policy, rollout, advantages, args) for rollout in rollouts]
+        phase("update", lambda: training.update(optimizer, objectives, len(tasks), 1e-6, 1.0, compute))
     return {name: float(np.median(seconds[1:])) for name, seconds in times.items()}
+
+
+def steps_of_both(size: str, repeats: int) -> dict[str, dict[str, float]]:
+    """The phases of a step the plain way and ours, in float32 and bfloat16."""
+    phases = {}
+    for dtype, bf16 in (("float32", False), ("bfloat16", True)):
+        with contextlib.ExitStack() as stack:
+            for target, replacement in PLAIN.items():
+                stack.enter_context(unittest.mock.patch(target, replacement))
+            phases[f"plain, {dtype}"] = one_step(size, True, bf16, repeats)
+        phases[f"ours, {dtype}"] = one_step(size, False, bf16, repeats)
+    return phases
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+COLUMNS = ("model", "size", "tokens", "batch", "dtype", "tokens/s", "x transformers", "x plain", "floor", "bandwidth",
+           "memory", "compile, s")
+
+
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     show = lambda r: "" if r is None else f"{r[0]:.2f} ({r[1]:.2f}-{r[2]:.2f})"
-    lines = ["| model | size | tokens | batch | dtype | tokens/s | x transformers | x plain | floor | bandwidth | memory | compile, s |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         memory = row["over_weights_and_cache"]
-        lines.append(
-            f"| {row['model']} | {row['size']}{'*' if row['size'] == '1.3b' else ''} | {row['tokens']} | {row['batch']} | {row['dtype']} | "
-            f"{row['tokens_per_second']:.0f} | {show(row['ratio_vs_transformers'])} | {show(row['ratio_vs_plain_loop'])} | "
-            f"{row['floor_share']:.2f} | {row['roofline_share']:.2f} | {'' if memory is None else f'{memory:+.0%}'} | {row['compile_seconds']:.0f} |"
+        cells = (
+            row["model"], row["size"] + "*" * (row["size"] == "1.3b"), row["tokens"], row["batch"], row["dtype"],
+            f"{row['tokens_per_second']:.0f}", show(row["ratio_vs_transformers"]), show(row["ratio_vs_plain_loop"]),
+            f"{row['floor_share']:.2f}", f"{row['roofline_share']:.2f}", "" if memory is None else f"{memory:+.0%}",
+            f"{row['compile_seconds']:.0f}",
         )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def machine(device: torch.device) -> dict:
     """What the figures are of."""
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line] \
-        if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu[0], "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "bandwidth_gb_per_second": bandwidth(device) / 1e9}
+    info = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    name = torch.cuda.get_device_name() if device.type == "cuda" else names[0] if names else platform.processor()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "bandwidth_gb_per_second": round(bandwidth(device) / 1e9, 1)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="measure the sampler", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["janus", "show-o"], default=["janus", "show-o"])
-    parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=["tiny"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="images at once")
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    parser.add_argument("--side", type=int, help="tokens a side of an image, where that is not the size's")
-    parser.add_argument("--skip", nargs="*", choices=["transformers", "plain"], default=[])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--extras", action="store_true", help="also the draw alone, the first call, and the fit of cost to images and tokens")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured")
-    parser.add_argument("--step", choices=["tiny", "small"], help="the phases of a step of grpo.py instead, and the plain way's")
+    parser = argparse.ArgumentParser(
+        "bench.py", description="measure the sampler", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=["janus", "show-o"], default=["janus", "show-o"])
+    add("--sizes", nargs="+", choices=["tiny", *SIZES], default=["tiny"])
+    add("--batches", nargs="+", type=positive(int), default=[1, 8, 32], help="images at once")
+    add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    add("--side", type=positive(int), help="tokens a side of an image, if not the size's")
+    add("--skip", nargs="*", choices=["transformers", "plain"], default=[])
+    add("--repeats", type=positive(int), default=5, help="rounds")
+    add("--threads", type=positive(int), default=1, help="of a CPU")
+    add("--step", choices=["tiny", "small"], help="instead, the phases of a step of grpo.py and of the plain way's")
+    add("--extras", action="store_true", help="also the draw alone, the first call, and the cost's fit to images and tokens")
+    add("--no-compile", action="store_true")
+    add("--json", metavar="FILE", help="write everything measured")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     device = pick_device()
     result = {"machine": machine(device), "rows": []}
-    if args.step:
-        kinds = {"plain": (True, False), "ours": (False, False), "plain, bf16": (True, True), "ours, bf16": (False, True)}
-        steps = {kind: one_step(args.step, *how, args.repeats) for kind, how in kinds.items()}
-        for kind, phases in steps.items():
-            print(f"{kind:12s}", "  ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()), f"  together {sum(phases.values()):.2f} s")
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+
+    def keep(**measured) -> None:
+        result.update(measured)
         if args.json:
-            Path(args.json).write_text(json.dumps({**result, "step": steps}, indent=1))
+            write_json(Path(args.json), result)
+
+    if args.step:
+        keep(step=steps_of_both(args.step, args.repeats))
+        for kind, phases in result["step"].items():
+            each = "  ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
+            print(f"{kind:16s} {each}  together {sum(phases.values()):.2f} s")
         return
     speed = result["machine"]["bandwidth_gb_per_second"] * 1e9
-    print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in result["machine"].items()))
-    for name in args.models:
-        for size in args.sizes:
-            for dtype in args.dtypes:
-                for batch in args.batches:
-                    result["rows"].append(rollouts(name, size, batch, getattr(torch, dtype), args, speed))
-                    if args.json:
-                        Path(args.json).write_text(json.dumps(result, indent=1))
+    for name, size, dtype, batch in product(args.models, args.sizes, args.dtypes, args.batches):
+        row = rollouts(name, size, batch, getattr(torch, dtype), args, speed)
+        keep(rows=[*result["rows"], row])
     print(table(result["rows"]))
     if args.extras:
-        result |= {"draw": kernel(32, 16384, args.repeats, device), "first_call": first_call(args.threads), "scaling": scaling(args)}
+        keep(draw=kernel(32, 16384, args.repeats, device), first_call=first_call(args.threads), scaling=scaling(args))
         print(json.dumps({key: result[key] for key in ("draw", "first_call", "scaling")}, indent=1))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
