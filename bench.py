@@ -378,9 +378,9 @@ PLAIN = {  # what the plain way does instead
 
 def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, float]:
     """Seconds of the phases of a step of grpo.py, two-stage, after one that is not counted: of a random model with 2
-    prompts x 8 images, or of the tiny Janus with its defaults."""
+    prompts x 8 images, 8 in a micro-batch, or of the tiny Janus with its defaults."""
     device, times = pick_device(), {}
-    flags = ["--prompts", "2", "--group", "8", "--micro-batch", "8", "--answer-weight", "0.3"] if size != "tiny" else []
+    flags = ["--prompts", "2", "--group", "8", "--micro-batch", "8", "--draw-batch", "16", "--answer-weight", "0.3"] if size != "tiny" else []
     args = grpo.parse_args(["--no-compile"] * plain + ["--bf16"] * bf16 + flags)
     dtype = training.compute_type(args, device)
     policy = load("tiny", device) if size == "tiny" else random_model("janus", size, torch.float32, device)
@@ -405,10 +405,13 @@ def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, floa
     for step in range(repeats + 1):
         rng = np.random.default_rng(step)
         tasks = [task for task in [draw_task(rng) for _ in range(args.prompts)] for _ in range(args.group)]
-        parts = [range(first, first + args.micro_batch) for first in range(0, len(tasks), args.micro_batch)]
+        together = args.micro_batch if plain else args.draw_batch
+        parts = [range(first, min(first + together, len(tasks))) for first in range(0, len(tasks), together)]
         with compute, torch.no_grad():
             training.refresh(sampler, policy)
-            rollouts = [roll_out([tasks[i] for i in part], part) for part in parts]
+            rollouts = training.in_micro_batches(
+                [roll_out([tasks[i] for i in part], part) for part in parts], args.micro_batch
+            )
             for rollout in rollouts:
                 phase("reference", lambda: grpo.score_by_reference(reference, rollout, args))
         advantages = torch.ones(args.micro_batch, device=device)

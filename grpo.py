@@ -74,17 +74,17 @@ from sample import (
     trajectory_mean,
 )
 from training import (
-    Health, compute_type, contact_sheet_of, fill_in, finish, gather, learning_rate, load_start, make_optimizer,
-    mean_rewards, peak_memory, prepare, refresh, score_before, task_stream, update, write_line,
+    Health, compute_type, contact_sheet_of, fill_in, finish, gather, in_micro_batches, learning_rate, load_start,
+    make_optimizer, mean_rewards, peak_memory, prepare, refresh, score_before, task_stream, update, write_line,
 )
 
 MODES = ("two-stage", "end-to-end")
 # The recommended runs in the tiny world and for real models (there the paper's learning rate and group), two-stage, and
 # with what is different end-to-end.
-TINY = {"steps": 80, "prompts": 24, "group": 12, "micro_batch": 144, "lr": 1.5e-4, "beta": 0.01, "answer_weight": 0.0,
-        "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False, "judge": "policy"}
-REAL = {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "lr": 1e-5, "beta": 0.03, "answer_weight": 0.3,
-        "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
+TINY = {"steps": 80, "prompts": 24, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4, "beta": 0.01,
+        "answer_weight": 0.0, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False, "judge": "policy"}
+REAL = {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 32, "lr": 1e-5, "beta": 0.03,
+        "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {
     **TINY, "steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"
 }
@@ -135,7 +135,7 @@ class Rollout:
     answers: Answers
     reference_images: Tensor | None = None  # [B, N] log-probs
     reference_answers: Tensor | None = None  # [B, A]
-    first: dict[str, Tensor] = field(default_factory=dict)  # log-probs of the step's first training pass
+    first: dict[str, Tensor] = field(default_factory=dict, init=False)  # log-probs of the step's first training pass
 
 
 def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args) -> Rollout:
@@ -265,7 +265,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=positive(int), help="prompts a step, over all ranks " + both("prompts"))
     add("--tasks", metavar="FILE", help="your own prompts, JSON lines as reward.read_tasks says, to train on")
     add("--group", type=positive(int), help="images a prompt " + both("group"))
-    add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
+    add("--micro-batch", type=positive(int), help="images an update takes at once on a rank " + both("micro_batch"))
+    add("--draw-batch", type=positive(int), help="images drawn at once on a rank " + both("draw_batch"))
     add("--guidance", type=non_negative(float), help="w (default: the checkpoint's; a tiny Show-o learns at 0)")
     add("--temperature", type=positive(float), default=1.0, help="of image tokens (default: 1)")
     add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
@@ -282,7 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta", type=non_negative(float), help="of the KL to the reference " + both("beta"))
     add("--clip", type=positive(float), default=0.2, help="of the ratio (default: 0.2)")
     add("--importance-cap", type=non_negative(float), default=0.0, metavar="C",
-        help="weigh tokens by how much likelier the training pass finds them than the sampler, at most C; 0: off (default: 0)")
+        help="weigh tokens by how much likelier the training pass finds them than the sampler, at most C (default: 0, off)")
     add("--epochs", type=positive(int), default=1, help="updates a rollout (default: 1)")
     add("--image-weight", type=non_negative(float), default=1.0, help="of the image tokens' loss (default: 1)")
     add("--answer-weight", type=non_negative(float), help="of the answer tokens' loss " + both("answer_weight"))
@@ -345,7 +346,7 @@ def main() -> None:
         refresh(sampler, policy)
         with compute:
             return evaluate(
-                sampler, world, args.guidance, args.temperature, images, 0, args.micro_batch, compiled, progress=name
+                sampler, world, args.guidance, args.temperature, images, 0, args.draw_batch, compiled, progress=name
             )
 
     if rank == 0 and compiled:
@@ -361,13 +362,16 @@ def main() -> None:
         tasks = [task for task in tasks for _ in range(args.group)]
         seeds = rng.integers(2**62, size=len(tasks)).tolist()
         share = len(tasks) // ranks
-        starts = range(rank * share, (rank + 1) * share, args.micro_batch)
-        rows = [slice(first, first + args.micro_batch) for first in starts]
+        first, last = rank * share, (rank + 1) * share
+        rows = [slice(at, at + args.micro_batch) for at in range(first, last, args.micro_batch)]
+        draws = [slice(at, min(at + args.draw_batch, last)) for at in range(first, last, args.draw_batch)]
 
         refresh(sampler, policy)
         with compute:
             # 2. Draw an image for every trajectory and answer its question about it.
-            rollouts = [roll_out(sampler, asked, tasks[part], seeds[part], args) for part in rows]
+            rollouts = in_micro_batches(
+                (roll_out(sampler, asked, tasks[part], seeds[part], args) for part in draws), args.micro_batch
+            )
 
             # 3. Reward the answers, and compare within the group, even where it spans ranks.
             mine = [reward for rollout in rollouts for reward in self_reward(asked, rollout, vocabulary, args.reward)]

@@ -69,17 +69,17 @@ from sample import (
     trajectory_mean,
 )
 from training import (
-    Health, compute_type, contact_sheet_of, fill_in, finish, gather, learning_rate, load_start, make_optimizer,
-    mean_rewards, peak_memory, prepare, refresh, score_before, task_stream, update, write_line,
+    Health, compute_type, contact_sheet_of, fill_in, finish, gather, in_micro_batches, learning_rate, load_start,
+    make_optimizer, mean_rewards, peak_memory, prepare, refresh, score_before, task_stream, update, write_line,
 )
 
 MODES = ("two-stage", "end-to-end")
 # The recommended runs in the tiny world and for real models (there the paper's learning rate and batch), two-stage, and
 # with what is different end-to-end.
-TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "lr": 2e-4, "beta": 0.01, "image_weight": 1.0,
+TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01, "image_weight": 1.0,
         "answer_weight": 0.0, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False,
         "judge": "policy"}
-REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "lr": 1e-5, "beta": 0.03, "image_weight": 1.0,
+REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 32, "lr": 1e-5, "beta": 0.03, "image_weight": 1.0,
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {**TINY, "steps": 40, "lr": 3e-5, "beta": 0.05, "answer_weight": 0.0, "judge": "frozen"}
 REAL_END_TO_END = {**REAL, "answer_weight": 0.0, "judge": "frozen"}
@@ -217,7 +217,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompts", type=positive(int), help="prompts a step, over all ranks " + both("prompts"))
     add("--tasks", metavar="FILE", help="your own prompts, JSON lines as reward.read_tasks says, to train on")
     add("--group", type=positive(int), default=1, help="images a prompt (default: 1)")
-    add("--micro-batch", type=positive(int), help="images at once on a rank, at most " + both("micro_batch"))
+    add("--micro-batch", type=positive(int), help="images an update takes at once on a rank " + both("micro_batch"))
+    add("--draw-batch", type=positive(int), help="images drawn at once on a rank " + both("draw_batch"))
     add("--guidance", type=non_negative(float), help="w (default: the checkpoint's; a tiny Show-o learns at 0)")
     add("--temperature", type=positive(float), default=1.0, help="of image tokens (default: 1)")
     add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
@@ -296,7 +297,7 @@ def main() -> None:
         refresh(sampler, policy)
         with compute:
             return evaluate(
-                sampler, world, args.guidance, args.temperature, images, 0, args.micro_batch, compiled, progress=name
+                sampler, world, args.guidance, args.temperature, images, 0, args.draw_batch, compiled, progress=name
             )
 
     if rank == 0 and compiled:
@@ -312,13 +313,16 @@ def main() -> None:
         tasks = [task for task in tasks for _ in range(args.group)]
         seeds = rng.integers(2**62, size=len(tasks)).tolist()
         share = len(tasks) // ranks
-        starts = range(rank * share, (rank + 1) * share, args.micro_batch)
-        rows = [slice(first, first + args.micro_batch) for first in starts]
+        first, last = rank * share, (rank + 1) * share
+        rows = [slice(at, at + args.micro_batch) for at in range(first, last, args.micro_batch)]
+        draws = [slice(at, min(at + args.draw_batch, last)) for at in range(first, last, args.draw_batch)]
 
         refresh(sampler, policy)
         with compute:
             # 2. Draw an image for every trajectory and answer its question about it.
-            rollouts = [roll_out(sampler, asked, tasks[part], seeds[part], args) for part in rows]
+            rollouts = in_micro_batches(
+                (roll_out(sampler, asked, tasks[part], seeds[part], args) for part in draws), args.micro_batch
+            )
 
             # 3. Which answers are right?
             mine = [

@@ -1850,6 +1850,26 @@ def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
     close(ours / theirs.abs().max(), theirs / theirs.abs().max(), 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["janus", "show-o"])
+def test_many_images_drawn_at_once_are_those_drawn_a_few_at_a_time(kind):
+    """Rollouts of six cut into micro-batches of two: the same trajectories, the same objective, nothing shared."""
+    model = small_janus() if kind == "janus" else small_show_o()
+    args = flags(freeze=[], temperature=0.9, no_compile=True, max_tokens=4, answer_weight=0.3, estimator="replay", replay_steps=2)
+    prompts = [*PROMPTS, "two rings", "a ring left of a red square", "a"]
+    tasks, seeds = [reward.Task("single_object", text, [], "What is it?", "a ring") for text in prompts], list(range(6))
+    cut = training.in_micro_batches([grpo.roll_out(model, model, tasks, seeds, args)], 2)
+    assert [len(part.tasks) for part in cut] == [2, 2, 2]
+    for first, part in zip((0, 2, 4), cut):
+        alone = grpo.roll_out(model, model, tasks[first : first + 2], seeds[first : first + 2], args)
+        assert torch.equal(part.images.codes, alone.images.codes) and part.answers.texts == alone.answers.texts
+        losses = []
+        for rollout in (part, alone):
+            grpo.score_by_reference(model, rollout, args)
+            losses.append(grpo.objective(model, model, rollout, torch.tensor([1.0, -0.5]), args)[0].item())
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        assert part.first is not alone.first and part.first == {}
+
+
 @pytest.mark.parametrize("adapters", [0, 4])
 @pytest.mark.parametrize("kind", ["janus", "show-o"])
 def test_bfloat16_sampler_draws_from_the_policy_as_it_is_now(kind, adapters):

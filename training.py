@@ -13,6 +13,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,20 @@ def make_optimizer(model: UnifiedModel, args: argparse.Namespace) -> torch.optim
 # One optimizer step over all ranks
 
 
+def take(batch, rows: slice):
+    """The same dataclass with these rows of every tensor, list and dataclass in it."""
+
+    def part(value):
+        return value if value is None else take(value, rows) if is_dataclass(value) else value[rows]
+
+    return replace(batch, **{field.name: part(getattr(batch, field.name)) for field in fields(batch) if field.init})
+
+
+def in_micro_batches(rollouts: Iterable, size: int) -> list:
+    """Rollouts of many images as rollouts of `size` images: an update keeps more of each image than drawing does."""
+    return [take(r, slice(first, first + size)) for r in rollouts for first in range(0, len(r.tasks), size)]
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of every rank's tensor, in place."""
     if dist.is_initialized():
@@ -226,6 +241,7 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
     args.micro_batch = min(args.micro_batch or images, images // ranks)
     if images // ranks % args.micro_batch:
         raise UserError(f"--micro-batch {args.micro_batch} does not divide a rank's {images // ranks} images")
+    args.draw_batch = max(args.draw_batch // args.micro_batch, 1) * args.micro_batch  # whole ones
     fill_in_mask_predict(args, model)
     if args.sample_bf16 is None:
         args.sample_bf16 = args.bf16 or torch.cuda.is_available()
