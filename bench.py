@@ -380,8 +380,8 @@ def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, floa
     """Seconds of the phases of a step of grpo.py, two-stage, after one that is not counted: of a random model with 2
     prompts x 8 images, 8 in a micro-batch, or of the tiny Janus with its defaults."""
     device, times = pick_device(), {}
-    flags = ["--prompts", "2", "--group", "8", "--micro-batch", "8", "--draw-batch", "16", "--answer-weight", "0.3"] if size != "tiny" else []
-    args = grpo.parse_args(["--no-compile"] * plain + ["--bf16"] * bf16 + flags)
+    sizes = "--prompts 2 --group 8 --micro-batch 8 --draw-batch 16 --answer-weight 0.3" if size != "tiny" else ""
+    args = grpo.parse_args(["--no-compile"] * plain + ["--bf16"] * bf16 + sizes.split())
     dtype = training.compute_type(args, device)
     policy = load("tiny", device) if size == "tiny" else random_model("janus", size, torch.float32, device)
     training.fill_in(args, grpo.TINY, policy, 1)

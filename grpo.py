@@ -83,7 +83,7 @@ MODES = ("two-stage", "end-to-end")
 # with what is different end-to-end.
 TINY = {"steps": 80, "prompts": 24, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4, "beta": 0.01,
         "answer_weight": 0.0, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False, "judge": "policy"}
-REAL = {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 32, "lr": 1e-5, "beta": 0.03,
+REAL = {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
         "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {
     **TINY, "steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"
@@ -258,7 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-compile", action="store_true", help="start at once, sample slower")
     add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
     add("--sample-bf16", action=argparse.BooleanOptionalAction,
-        help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16)")
+        help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16, without --lora)")
     add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
     add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     add = parser.add_argument_group("sampling").add_argument

@@ -243,8 +243,8 @@ def fill_in(args: argparse.Namespace, defaults: dict, model: UnifiedModel, ranks
         raise UserError(f"--micro-batch {args.micro_batch} does not divide a rank's {images // ranks} images")
     args.draw_batch = max(args.draw_batch // args.micro_batch, 1) * args.micro_batch  # whole ones
     fill_in_mask_predict(args, model)
-    if args.sample_bf16 is None:
-        args.sample_bf16 = args.bf16 or torch.cuda.is_available()
+    if args.sample_bf16 is None:  # the base below adapters is in bfloat16 already, where that is computed in
+        args.sample_bf16 = (args.bf16 or torch.cuda.is_available()) and not args.lora
     model.guidance = args.guidance  # so that checkpoints draw as they were trained to
     parts = [name for name, _ in model.named_children()]
     args.freeze = [p for p in ("vision_model", "vqmodel") if p in parts] if args.freeze is None else args.freeze
