@@ -58,11 +58,12 @@ def guide(cond: Tensor, uncond: Tensor | None, guidance: float | Tensor, tempera
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits) [B, V] by inversion: the first whose cumulative probability exceeds the
     row's uniform number in [0, 1) [B]. Returns tokens and their log-probabilities, both [B]."""
-    logprobs = F.log_softmax(widen(logits), dim=-1)
-    cumulative = logprobs.exp().cumsum(dim=-1)  # ends at one but for rounding, so the uniform number is scaled by it
-    passed = cumulative <= uniforms[:, None] * cumulative[:, -1:]
-    tokens = passed.sum(dim=-1).clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    logits = widen(logits)
+    top = logits.amax(dim=-1, keepdim=True)
+    cumulative = (logits - top).exp().cumsum(dim=-1)  # of probabilities times their sum, which scales the uniform number
+    total = cumulative[:, -1:]
+    tokens = (cumulative <= uniforms[:, None] * total).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return tokens, (logits.gather(1, tokens[:, None]) - top - total.log())[:, 0]
 
 
 def draw_code(model: Janus, hidden: Tensor, uniforms: Tensor, guidance: Tensor, temperature: Tensor):

@@ -1783,6 +1783,7 @@ def flags(**changes):
     return argparse.Namespace(**{**dict(
         guidance=1.0, temperature=1.0, logprob="guided", image_weight=1.0, answer_weight=0.0, beta=0.0, clip=0.2,
         mode="two-stage", picture_clip=1e9, prompts=1, group=1, estimator=None, replay_steps=None, importance_cap=0.0,
+        freeze=[],
     ), **changes})
 
 
@@ -1852,12 +1853,15 @@ def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["janus", "show-o"])
 def test_many_images_drawn_at_once_are_those_drawn_a_few_at_a_time(kind):
-    """Rollouts of six cut into micro-batches of two: the same trajectories, the same objective, nothing shared."""
+    """Rollouts of six cut into micro-batches of two: the same trajectories, the same objective, nothing shared. With
+    SigLIP frozen its features are kept, and the objective is that of the pixels."""
     model = small_janus() if kind == "janus" else small_show_o()
-    args = flags(freeze=[], temperature=0.9, no_compile=True, max_tokens=4, answer_weight=0.3, estimator="replay", replay_steps=2)
+    args = flags(temperature=0.9, no_compile=True, max_tokens=4, answer_weight=0.3, estimator="replay", replay_steps=2)
     prompts = [*PROMPTS, "two rings", "a ring left of a red square", "a"]
     tasks, seeds = [reward.Task("single_object", text, [], "What is it?", "a ring") for text in prompts], list(range(6))
-    cut = training.in_micro_batches([grpo.roll_out(model, model, tasks, seeds, args)], 2)
+    frozen = argparse.Namespace(**vars(args) | {"freeze": ["vision_model"] if kind == "janus" else []})
+    cut = training.in_micro_batches([grpo.roll_out(model, model, tasks, seeds, frozen)], 2)
+    assert cut[0].seen.dim() == (3 if kind == "janus" else 2)
     assert [len(part.tasks) for part in cut] == [2, 2, 2]
     for first, part in zip((0, 2, 4), cut):
         alone = grpo.roll_out(model, model, tasks[first : first + 2], seeds[first : first + 2], args)
