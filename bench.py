@@ -340,8 +340,8 @@ def first_call(threads: int) -> dict:
 
 
 def scaling(args: argparse.Namespace) -> dict:
-    """Seconds of drawing at the small size, and the fit a + b images * tokens + c images * tokens^2 by relative least
-    squares: the last term is the attention's share."""
+    """Seconds of drawing at the small size, and the fit a tokens + b images * tokens + c images * tokens^2 by
+    relative least squares: reading the weights in every step, each image's products, and its attention."""
     device, points = pick_device(), []
     for side in (8, 12, 16):
         model = random_model("janus", "small", torch.float32, device, side)
@@ -350,7 +350,7 @@ def scaling(args: argparse.Namespace) -> dict:
             work()
             points.append((batch, side**2, min(clock(work, device) for _ in range(2))))
     batch, tokens, seconds = np.array(points).T
-    terms = np.stack((np.ones_like(batch), batch * tokens, batch * tokens**2), 1)
+    terms = np.stack((tokens, batch * tokens, batch * tokens**2), 1)
     fit, *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones_like(seconds), rcond=None)
     error = np.abs(terms @ fit / seconds - 1)
     return {"points": points, "fit": fit.tolist(), "largest_error": float(error.max())}
