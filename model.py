@@ -114,7 +114,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not generates_cpu_code(x) or torch.is_autocast_enabled("cpu") or weight.numel() < BIG:
         return F.linear(x, weight, bias)
     if R > FEW.get(weight.dtype, 0) or R * K > L1:
-        return torch.ops.unirl.linear(x, weight, bias) if weight.dtype == torch.float32 else F.linear(x, weight, bias)
+        onednn = weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        return torch.ops.unirl.linear(x, weight, bias) if onednn else F.linear(x, weight, bias)
     x = x.contiguous()
     rows = [widen(x.as_strided((K,), (1,), row * K)) for row in range(R)]
     # A few columns at once, as many as registers hold the sums of, share what is read of x.

@@ -242,7 +242,7 @@ BLOCK = 32  # columns of a cache
 
 
 def repeat(step: Callable[[], None], times: int, graph: bool) -> None:
-    """Calls step() so many times on a GPU: recorded once and then replayed, without a call from Python for every kernel."""
+    """Calls step() so many times on a GPU: recorded once, then replayed without a call from Python for every kernel."""
     warm = min(times, 3) if graph else times  # what is compiled or chosen at first use cannot be recorded
     for _ in range(warm):
         step()
@@ -383,8 +383,8 @@ def forced_hidden(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Te
 
 
 def replayed_hidden(model: ShowO, images: Images, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states [B, N, D] that predict each code that is scored, after prompts [B, P], given the codes that were committed before
-    it. Which step commits which code is taken as given."""
+    """Hidden states [B, N, D] that predict each code that is scored, after prompts [B, P], given the codes that were
+    committed before it. Which step commits which code is taken as given."""
     codes, steps, hidden = images.codes, images.steps, 0.0
     past, _, index = read_prompts(model, ids, mask)
     N = codes.shape[1]
