@@ -736,10 +736,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="start at once, run slower")
     parser.add_argument("--bench", nargs=argparse.REMAINDER, help="measure the sampler; what follows is for bench.py")
     args = parser.parse_args()
-    if args.bench is not None:
-        import bench  # which knows this file
-
-        return bench.main(args.bench)
+    if args.bench is not None:  # which imports this file, so that this one does not import it
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("bench.py")), *args.bench])
     if bool(args.image) != bool(args.question) or bool(args.prompt) == bool(args.image):
         parser.error("give a prompt to draw, or --image and --question")
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg"):

@@ -891,14 +891,14 @@ def test_benchmark_counts_what_a_step_reads(tiny):
     assert 0.9 < bench.added_memory(lambda: torch.ones(2**26).sum(), torch.device("cpu")) / (4 * 2**26) < 1.3
 
 
-def test_benchmark_from_the_command_line(tmp_path, capsys, monkeypatch):
-    flags = "--models janus --batches 2 --repeats 1 --no-compile --threads".split() + [str(torch.get_num_threads())]
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--bench", *flags, "--json", str(tmp_path / "bench.json")])
-    sample.main()
+def test_benchmark_from_the_command_line(tmp_path):
+    flags = f"--models janus --batches 2 --repeats 1 --no-compile --json {tmp_path / 'bench.json'}".split()
+    done = subprocess.run([sys.executable, "sample.py", "--bench", *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     row, = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert row["batch"] == 2 and row["tokens"] == 36 and len(row["seconds"]["plain"]) == 1
     first = row["seconds"]["transformers"][0] / row["seconds"]["ours"][0]
-    assert row["ratio_vs_transformers"] == pytest.approx([first] * 3) and "| janus | tiny |" in capsys.readouterr().out
+    assert row["ratio_vs_transformers"] == pytest.approx([first] * 3) and "| janus | tiny |" in done.stdout
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------
