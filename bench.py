@@ -50,11 +50,10 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 import grpo
 import training
 from checkpoint import load
-from evaluate import write_json
+from evaluate import world_of, write_json
 from model import Janus, ShowO, UnifiedModel, causal, positions_of
 from sample import (
     OPTIONS, Images, draw, guide, image_logits, mask_schedule, pick_device, positive, run, sample_answers, sample_images,
-    score_logits,
 )
 
 PROMPT, GUIDANCE = "a photo of a red circle left of a blue square", 3.0
@@ -143,6 +142,7 @@ def plain_loop(model: UnifiedModel, prompts: list[str], guidance: float = GUIDAN
 
 
 def plain_in_order(model: Janus, rows: Tensor, look: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Codes and log-probs [B, N] after prompts [2 B, P], one code after the other."""
     past, x, codes, logprobs = [], model.embed_text(rows), [], []
     attend = causal(look)
     for _ in range(model.num_image_tokens):
@@ -159,6 +159,7 @@ def plain_in_order(model: Janus, rows: Tensor, look: Tensor, weight: float) -> t
 
 
 def plain_mask_predict(model: ShowO, rows: Tensor, look: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Codes and log-probs [B, N] after prompts [2 B, P], every step of mask-predict over prompt and image."""
     B, N, S, noise = len(rows) // 2, model.num_image_tokens, model.steps, 1.0
     codes, known = torch.zeros(2, B, N, dtype=torch.long, device=model.device)
     known, logprobs = known.bool(), torch.zeros(B, N, device=model.device)
@@ -365,8 +366,7 @@ def plain_forced_hidden(model: Janus, images: Images, ids: Tensor, mask: Tensor)
 
 def plain_image_logprobs(model: Janus, images: Images, *scoring) -> tuple[Tensor, Tensor]:
     """sample.image_logprobs, out of the logits of whole images."""
-    logits = image_logits(model, images, *scoring)  # [B, N, V]
-    return score_logits(logits, images.codes)
+    return images.score(image_logits(model, images, *scoring))
 
 
 PLAIN = {  # what the plain way does instead
@@ -385,7 +385,7 @@ def one_step(size: str, plain: bool, bf16: bool, repeats: int) -> dict[str, floa
     dtype = training.compute_type(args, device)
     policy = load("tiny", device) if size == "tiny" else random_model("janus", size, torch.float32, device)
     training.fill_in(args, grpo.TINY, policy, 1)
-    draw_task, _ = training.task_stream(args, policy, grpo.world_of(load("tiny")))
+    draw_task, _ = training.task_stream(args, policy, world_of(load("tiny")))
     reference, sampler = training.prepare(policy, args, device, None)
     optimizer = training.make_optimizer(policy, args)
     compute = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)

@@ -70,8 +70,7 @@ from resume import Signals, load_optimizer, load_state, open_run, place, resumed
 from reward import Task, Vocabulary, score
 from sample import (
     Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, image_logprobs, k3,
-    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, score_logits, start_ranks, token_logprobs,
-    trajectory_mean,
+    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
 )
 from training import (
     Health, compute_type, contact_sheet_of, fill_in, finish, gather, in_micro_batches, learning_rate, load_start,
@@ -170,8 +169,7 @@ def trajectory_scores(
     scoring, seen = (rollout.images, args.guidance, args.temperature, args.logprob), rollout.seen
     if args.mode == "end-to-end" and torch.is_grad_enabled():
         logits = image_logits(model, *scoring)  # [B, N, V]
-        logprobs, entropy = score_logits(logits, rollout.images.codes)
-        logprobs = logprobs * (rollout.images.weights > 0)
+        logprobs, entropy = rollout.images.score(logits)
         relaxed = relaxed_codes(logits, rollout.images.codes, args.tau, rollout.seeds, rollout.images.weights)
         seen = model.see(bound_gradient(relaxed, args.picture_clip / (args.prompts * args.group)))
     else:

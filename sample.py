@@ -179,9 +179,11 @@ class Images:
         if self.weights is None:
             self.weights = torch.ones_like(self.codes, dtype=torch.float32)
 
-    def score(self, logits: Tensor) -> Tensor:
-        """Log-probabilities [B, N] of the codes under logits [B, N, V], and 0 for those that are not scored."""
-        return token_logprobs(logits, self.codes) * (self.weights > 0)
+    def score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, N] of the codes under logits [B, N, V], 0 for those that are not scored, and the
+        distributions' entropies [B, N], without gradient."""
+        logprobs, entropy = score_logits(logits, self.codes)
+        return logprobs * (self.weights > 0), entropy
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each image's codes: [B, N] -> [B], without bias where only a random part of them is scored."""
@@ -366,9 +368,9 @@ def image_logprobs(
 def score_logits(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, T] of codes [B, T] under logits [B, T, V], and the entropies [B, T], without gradient."""
     logprobs = widen(logits).log_softmax(-1)
+    chosen = logprobs.gather(-1, codes[..., None])[..., 0]  # first: a checkpoint that is run again ends here
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, codes[..., None])[..., 0], entropy
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
 def forced_hidden(model: Janus, images: Images, ids: Tensor, mask: Tensor) -> Tensor:

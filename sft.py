@@ -65,8 +65,7 @@ from resume import Signals, load_optimizer, load_state, open_run, place, resumed
 from reward import Task, score
 from sample import (
     Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, image_logprobs, k3,
-    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, score_logits, start_ranks, token_logprobs,
-    trajectory_mean,
+    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
 )
 from training import (
     Health, compute_type, contact_sheet_of, fill_in, finish, gather, in_micro_batches, learning_rate, load_start,
@@ -159,8 +158,7 @@ def objective(
     scoring = images, args.guidance, args.temperature, args.logprob
     if args.mode == "end-to-end":
         logits = image_logits(policy, *scoring)  # [B, N, V]
-        logprobs, entropy = score_logits(logits, images.codes)
-        logprobs = logprobs * (images.weights > 0)
+        logprobs, entropy = images.score(logits)
     else:
         logprobs, entropy = image_logprobs(policy, *scoring)  # [B, N]
     with torch.no_grad():

@@ -1847,7 +1847,7 @@ def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
     distribution = torch.distributions.Categorical(logits=logits)
     close(logprobs, distribution.log_prob(images.codes) * (images.weights > 0), 1e-5)
     close(entropy, distribution.entropy(), 1e-5)
-    ours, theirs = (torch.autograd.grad(values.sum(), weight)[0] for values in (logprobs, images.score(logits)))
+    ours, theirs = (torch.autograd.grad(values.sum(), weight)[0] for values in (logprobs, images.score(logits)[0]))
     close(ours / theirs.abs().max(), theirs / theirs.abs().max(), 1e-4)
 
 
@@ -3897,7 +3897,7 @@ def test_replayed_log_probs_are_the_recorded_ones(show_o, guidance, temperature,
     images = sample_images(show_o, PROMPTS, [1, 2, 3], guidance, temperature, compiled=False)
     logits = image_logits(show_o, images, guidance, temperature, mode)
     assert logits.requires_grad
-    close(images.score(logits), images.logprobs)
+    close(images.score(logits)[0], images.logprobs)
     assert (images.logprobs < -0.05).any(1).all()  # not a trivial distribution
 
 
@@ -3906,7 +3906,7 @@ def test_replay_sees_planted_faults(show_o, monkeypatch):
 
     def gap(images=images, guidance=2.0, temperature=0.8, mode="guided"):
         with torch.no_grad():
-            return (images.score(image_logits(show_o, images, guidance, temperature, mode)) - images.logprobs).abs().max()
+            return (images.score(image_logits(show_o, images, guidance, temperature, mode))[0] - images.logprobs).abs().max()
 
     wrong_steps = copy.copy(images)
     wrong_steps.steps = (images.steps + 1) % 5
@@ -4048,7 +4048,7 @@ def test_weights_of_a_random_subset_are_unbiased(show_o):
     drawn = Counter(tuple(sorted(row)) for row in some.replay.tolist())
     assert len(drawn) == 10 and sum((n - 30) ** 2 / 30 for n in drawn.values()) < 34  # chi-square of 9 degrees
     with torch.no_grad():
-        close(some.score(image_logits(show_o, some, 0.0, 1.0)), some.logprobs)
+        close(some.score(image_logits(show_o, some, 0.0, 1.0))[0], some.logprobs)
     assert torch.equal(some.weights, 2.5 * (many.steps[..., None] == some.replay[:, None]).any(-1))
     assert torch.equal(some.logprobs != 0, some.weights > 0)
 
@@ -4111,7 +4111,7 @@ def toy_images(model: ShowO) -> Images:
     ids, mask = (rows.expand(16, -1) for rows in model.generation_prompt(["a"]))
     images = Images(ALL_IMAGES, torch.zeros(16, 4), ids, mask, ORDER.expand(16, -1))
     with torch.no_grad():
-        return dataclasses.replace(images, logprobs=images.score(image_logits(model, images, 2.0, 1.0)))
+        return dataclasses.replace(images, logprobs=images.score(image_logits(model, images, 2.0, 1.0))[0])
 
 
 def test_replayed_trajectories_have_their_enumerated_probabilities(toy):
