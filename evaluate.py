@@ -36,7 +36,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +62,15 @@ from tiny import world as shapes
 
 @dataclass
 class World:
-    """Where prompts come from and what judges pictures; `detect` and `render` are None where there is no such thing."""
+    """Where prompts come from, what judges pictures, and where true ones come from (drawn by `render`, or the user's
+    `pictures`, as `read_folder` gives them); None where there is no such thing."""
 
     name: str
     vocabulary: Vocabulary
     suite: list[Task]
     detect: Callable[[Sequence[np.ndarray], Sequence[dict]], list[list[Detection]]] | None = None
     render: Callable[[Task, np.random.Generator], np.ndarray] | None = None
+    pictures: list[tuple[dict, list[Path]]] | None = None
     threshold: float = THRESHOLD
     counting_threshold: float = COUNTING_THRESHOLD
 
@@ -80,7 +82,7 @@ def shapes_world() -> World:
         return [[Detection(**fields) for fields in found] for found in shapes.detect(np.stack(images))]
 
     suite, least = shapes.held_out_tasks(), shapes.MIN_OVERLAP
-    return World("shapes", shapes.VOCABULARY, suite, detect, shapes.render, least, least)
+    return World("shapes", shapes.VOCABULARY, suite, detect, shapes.render, None, least, least)
 
 
 def world_of(model: UnifiedModel) -> World:
@@ -109,7 +111,12 @@ def evaluate(
         lines = [geneval_metadata(world.suite[index]) for index, _, _ in part]
         scored = score_images(model, world, lines, to_uint8(model.show(seen)), seen, [s for _, _, s in part])
         records += [{"index": index, **record} for (index, _, _), record in zip(part, scored)]
-    return summarize(everyones([{k: v for k, v in record.items() if k != "image"} for record in records])), records
+    scores = summarize(everyones([{k: v for k, v in record.items() if k != "image"} for record in records]))
+    if world.pictures:  # to nothing but understanding
+        asked = summarize(score_folder(model, replace(world, detect=None), world.pictures, batch))["understanding"]
+        scores["understanding"] |= {key.replace("own_images", "ground_truth"): asked[key]
+                                    for key in ("own_images", "own_images_by_category")}
+    return scores, records
 
 
 def everyones(records: list[dict]) -> list[dict]:
@@ -330,7 +337,7 @@ def score_folder(model: UnifiedModel | None, world: World, pictures: list[tuple[
     jobs = [(index, line, file) for index, (line, files) in enumerate(pictures) for file in files]
     jobs = [(seed, *job) for seed, job in enumerate(jobs)][rank::ranks]
     records = []
-    bar = tqdm(total=len(jobs), desc="scoring", unit="image", disable=None if rank == 0 else True)
+    bar = tqdm(total=len(jobs), desc="scoring", unit="image", leave=False, disable=None if rank == 0 else True)
     for start in range(0, len(jobs), batch):
         seeds, indices, lines, files = zip(*jobs[start : start + batch])
         images = [np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB")) for file in files]

@@ -46,10 +46,11 @@ trajectories unless said:
     importance             mean of min(exp(training pass's log-prob - sampler's), cap) over image tokens; 1 without a cap
     rollout_difference     |log-prob of the training pass - of the sampler| a token, before the step's first update
     entropy_image          of the policy's distribution of a code, nats
-    grad_norm, lr, seconds gradient norm before clipping; learning rate; wall-clock seconds of the step
+    grad_norm, lr, seconds gradient norm before clipping; learning rate; wall-clock seconds, without held-out scores
     skipped                updates left out because loss or gradient were not finite
     memory                 GB this process has used at most: allocated on its GPU, or resident
-    held_out               every --eval-every steps: overall detector score and understanding of held-out prompts
+    held_out               every --eval-every steps, of held-out prompts: self_reward, detector, true_pictures, and which of
+                           the latter two had `parted` from the first (watch.py)
 """
 
 import argparse
@@ -65,6 +66,7 @@ from tqdm import tqdm
 
 from checkpoint import NAMES
 from evaluate import evaluate, world_of
+from geneval import CLIP
 from model import PARTS, UnifiedModel, UserError
 from resume import Signals, load_optimizer, load_state, open_run, place, resumed, save_run
 from reward import Task, Vocabulary, score
@@ -73,24 +75,25 @@ from sample import (
     non_negative, positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
 )
 from training import (
-    Health, compute_type, contact_sheet_of, fill_in, finish, gather, in_micro_batches, learning_rate, load_start,
-    make_optimizer, mean_rewards, peak_memory, prepare, refresh, score_before, task_stream, update, write_line,
+    Health, compute_type, fill_in, gather, in_micro_batches, learning_rate, load_start, make_optimizer, peak_memory,
+    prepare, refresh, task_stream, update,
 )
+from watch import Watch, add_measures, mean_rewards, score_before
 
 MODES = ("two-stage", "end-to-end")
 # The recommended runs in the tiny world and for real models (there the paper's learning rate and group), two-stage, and
 # with what is different end-to-end.
 TINY = {"steps": 80, "prompts": 24, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4, "beta": 0.01,
-        "answer_weight": 0.0, "eval_every": 25, "eval_images": 6, "max_tokens": 16, "recompute": False, "judge": "policy"}
+        "answer_weight": 0.0, "eval_every": 20, "eval_images": 6, "max_tokens": 16, "recompute": False, "judge": "policy"}
 REAL = {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
-        "answer_weight": 0.3, "eval_every": 0, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
+        "answer_weight": 0.3, "eval_every": 100, "eval_images": 1, "max_tokens": 40, "recompute": True, "judge": "policy"}
 TINY_END_TO_END = {
     **TINY, "steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"
 }
 REAL_END_TO_END = {**REAL, "answer_weight": 1.0, "judge": "frozen"}
 TINY_SHOW_O = {  # without guidance, which leaves it too little to explore; fewer steps, as each takes longer
-    "two-stage": {"guidance": 0.0, "steps": 40, "prompts": 16, "micro_batch": 96, "lr": 3e-4},
-    "end-to-end": {"guidance": 0.0, "steps": 15, "prompts": 8, "micro_batch": 96},
+    "two-stage": {"guidance": 0.0, "steps": 40, "prompts": 16, "micro_batch": 96, "lr": 3e-4, "eval_every": 10},
+    "end-to-end": {"guidance": 0.0, "steps": 15, "prompts": 8, "micro_batch": 96, "eval_every": 5},
 }
 IDLE = (  # what is said to a run that learned nothing for a while
     "no group had answers of different reward, or no gradient came back, so nothing was learned. The task is solved, "
@@ -251,14 +254,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=positive(int), help=both("steps"))
     add("--save-every", type=positive(int), default=100, help="steps between checkpoints (default: 100)")
     add("--keep", type=non_negative(int), default=3, help="checkpoints that stay, the last; 0: all (default: 3)")
-    add("--eval-every", type=non_negative(int), help="steps between held-out scores, 0: never " + both("eval_every"))
-    add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
     add("--no-compile", action="store_true", help="start at once, sample slower")
     add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
     add("--sample-bf16", action=argparse.BooleanOptionalAction,
         help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16, without --lora)")
     add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
     add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
+    add = parser.add_argument_group("watching").add_argument
+    add("--eval-every", type=non_negative(int), help="steps between held-out scores, 0: never " + both("eval_every"))
+    add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
+    add("--detector", metavar="FOLDER", help="judges held-out pictures of a real model, as in evaluate.py (default: none)")
+    add("--detector-clip", metavar="FOLDER", default=CLIP, help=f"names colors for it (default: {CLIP})")
+    add("--true-images", metavar="FOLDER",
+        help="true pictures in GenEval's layout, to measure understanding on (default: the tiny world draws its own)")
+    add("--gap-margin", type=non_negative(float), default=0.02,
+        help="fall of detector's score or understanding that warns while self-reward rises (default: 0.02)")
+    add("--stop-on-gap", action=argparse.BooleanOptionalAction, help="save and stop then (default: warn)")
+    add("--tensorboard", action="store_true", help="metrics and sheets for TensorBoard, too, where it is installed")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts", type=positive(int), help="prompts a step, over all ranks " + both("prompts"))
     add("--tasks", metavar="FILE", help="your own prompts, JSON lines as reward.read_tasks says, to train on")
@@ -325,6 +337,7 @@ def main() -> None:
         raise UserError("--answer-weight is 0, and nothing else would be trained")
     if args.judge == "frozen" and args.mode == "two-stage" and args.answer_weight:
         raise UserError("--judge frozen answers itself, so that two-stage has no answers to train: --answer-weight 0")
+    add_measures(world, args, device)
     draw_task, vocabulary = task_stream(args, policy, world)
     out, start = open_run(args, policy)
     signals = Signals(args, device)
@@ -350,6 +363,7 @@ def main() -> None:
     if rank == 0 and compiled:
         print("compiling the sampler on first use: about a minute (--no-compile avoids it)", flush=True)
     before = score_before(out, rank, lambda: measure("before", args.eval_images))
+    watch = Watch(args, world, before, rank, start)
 
     bar = tqdm(range(start, args.steps), "grpo", args.steps, initial=start, disable=None if rank == 0 else True)
     for step in signals.during(bar):
@@ -394,28 +408,31 @@ def main() -> None:
             "step": step + 1, **mean_rewards(tasks, rewards.flatten().tolist()), "zero_spread": zero_spread, **updates[-1],
             "rollout_difference": updates[0]["rollout_difference"], "skipped": sum(means["skipped"] for means in updates),
         }
+        line |= {"seconds": time.time() - clock, "memory": peak_memory(device)}
         last = step + 1 == args.steps
         if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-            scores, _ = measure("held-out", min(2, args.eval_images))
-            line["held_out"] = {"generation": scores["generation"]["overall"], **scores["understanding"]}
-            bar.set_postfix_str(f"held-out {line['held_out']['generation'] or 0:.3f}")
-        line |= {"seconds": time.time() - clock, "memory": peak_memory(device)}
+            scores, _ = measure("held-out", watch.images)
+            line["held_out"] = watch.compare(scores, step + 1, watch.images)
+            bar.set_postfix_str(watch.text(line["held_out"]))
         if rank == 0:
-            write_line(out, line)
+            watch.line(line)
             bar.set_description(f"grpo, self-reward {line['reward']:.2f}")
             if step == 0 or (step + 1) % 25 == 0 or last:
-                contact_sheet_of(sampler, rollouts, mine, out / "samples" / f"step_{step + 1:06d}.png")
+                watch.sheet(sampler, rollouts, mine, step + 1)
         health.check(line, zero_spread == 1 or updates[-1]["grad_norm"] == 0, IDLE, rollouts, rank)
         stop = signals.stop()
-        if (step + 1) % args.save_every == 0 or last or stop:
+        fooled = watch.gap if args.stop_on_gap else ""
+        if (step + 1) % args.save_every == 0 or last or stop or fooled:
             save_run(policy, optimizer, out, step + 1, args.keep, {"health": health.counts})
+        if fooled:
+            raise UserError(f"stopped after step {step + 1}, which is saved: {fooled}")
         if stop:
             signals.say(f"stopped after step {step + 1}, which is saved")
             break
     else:
         after, records = measure("after", args.eval_images)
         if rank == 0:
-            finish(args, before, after, records, world, time.time() - began)
+            watch.finish(after, records, time.time() - began)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -35,7 +35,9 @@ from evaluate import write_json, write_whole
 from model import UnifiedModel, UserError, merged
 from sample import agree
 
-CHANGEABLE = {"resume", "mode", "steps", "save_every", "keep", "timeout", "max_kl", "entropy"}  # beside --resume
+CHANGEABLE = {  # beside --resume
+    "resume", "mode", "steps", "save_every", "keep", "timeout", "max_kl", "entropy", "gap_margin", "stop_on_gap", "tensorboard",
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags of the run that goes on

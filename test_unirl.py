@@ -59,6 +59,7 @@ import reward
 import sample
 import sft
 import training
+import watch
 from checkpoint import chat_template, load, save
 from evaluate import evaluate, summarize, world_of
 from geneval import Detection, judge, load_detector
@@ -4300,6 +4301,137 @@ def test_prompt_longer_than_the_text_window_is_refused():
     model.generation_prompt(["a"])
     with pytest.raises(UserError, match="'a red circle'.* text window 4"):
         model.generation_prompt(["a", "a red circle"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# watch.py: whether a run fools itself
+
+
+def gauge(self_reward, detector, true_pictures):
+    return {"self-reward": self_reward, "detector": detector, "true pictures": true_pictures}
+
+
+@pytest.mark.parametrize("now, images, margin, expected", [
+    ((0.6, 0.5, 1.0), 240, 0.02, []),  # all is well
+    ((0.6, 0.3, 1.0), 240, 0.02, ["detector"]),
+    ((0.6, 0.5, 0.95), 240, 0.02, ["true pictures"]),
+    ((0.6, 0.3, 0.9), 240, 0.02, ["detector", "true pictures"]),
+    ((0.5, 0.3, 0.9), 240, 0.02, []),  # worse, but it knows
+    ((0.6, 0.45, 1.0), 240, 0.02, []),  # within two standard errors: 2 sqrt(0.25 / 720 + 0.2475 / 240) = 0.074
+    ((0.6, 0.42, 1.0), 240, 0.02, ["detector"]),
+    ((0.6, 0.42, 1.0), 240, 0.1, []),  # within the margin
+    ((0.6, 0.5, 0.985), 10_000, 0.02, []),
+    ((0.6, None, 0.95), 240, 0.02, ["true pictures"]),  # no detector
+    ((0.6, None, None), 240, 0.02, []),
+])
+def test_what_fell_while_the_self_reward_rose(now, images, margin, expected):
+    before = gauge(0.5, 0.5, 1.0)
+    before = {name: None if value is None else before[name] for name, value in gauge(*now).items()}
+    counts = [{"detector": n, "true pictures": n} for n in (720, images)]
+    assert watch.falls(before, gauge(*now), counts, margin) == expected
+
+
+def test_chance_alone_is_seldom_called_a_gap():
+    """Two samples of pictures of one and the same model differ by more than two standard errors downwards in about 2.3 %
+    of the cases (the normal distribution's tail), were there no margin at all."""
+    rng, false = np.random.default_rng(0), 0
+    counts = [{"detector": n, "true pictures": n} for n in (720, 240)]
+    for _ in range(20_000):
+        first, second = rng.binomial(720, 0.5) / 720, rng.binomial(240, 0.5) / 240
+        false += bool(watch.falls(gauge(0.5, first, None), gauge(0.6, second, None), counts, 0.0))
+    assert abs(false / 20_000 - 0.0228) < 0.004
+
+
+def fooled_after(well, script, monkeypatch):
+    """All measurements but the first `well` say that the model sees less and believes more."""
+    true, calls = evaluate, []
+
+    def measured(*a, **k):
+        scores, records = true(*a, **k)
+        calls.append(scores)
+        if len(calls) > well:
+            scores["understanding"] |= {"own_images": 1.0, "ground_truth": 0.1}
+        else:
+            scores["understanding"] |= {"own_images": 0.5, "ground_truth": 0.9}
+        return scores, records
+
+    monkeypatch.setattr(script, "evaluate", measured)
+
+
+@pytest.mark.parametrize("script", [grpo, sft])
+def test_a_run_that_fools_itself_says_so_and_can_stop(script, small, tmp_path, monkeypatch, capsys):
+    """Start, step 1 well, step 2 not: a warning, or with --stop-on-gap an end that is saved; the run then goes on."""
+    every = shapes.held_out_tasks()
+    monkeypatch.setattr(shapes, "held_out_tasks", lambda: every[::20])
+    life = ["--steps", 3, "--prompts", 2, "--group", 3, "--eval-every", 1, "--eval-images", 1, "--no-compile", "--max-tokens", 4]
+    start = ["--model", small, *life, "--out", tmp_path / "run"]
+    fooled_after(2, script, monkeypatch)
+    with user_error("stopped after step 2, which is saved", "self-reward 0.500 -> 1.000", "true pictures 0.900 -> 0.100"):
+        main_here(monkeypatch, *start, "--stop-on-gap", script=script)
+    assert [line.get("held_out", {}).get("parted") for line in read_metrics(tmp_path / "run")] == [[], ["true pictures"]]
+    assert resume.last_whole(tmp_path / "run") == 2
+    fooled_after(0, script, monkeypatch)
+    main_here(monkeypatch, "--resume", tmp_path / "run", "--no-stop-on-gap", script=script)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["parted"] == {"2": ["true pictures"], "3": ["true pictures"]}
+    said = capsys.readouterr()
+    assert "warning: step 2" in said.out + said.err and "had parted at step 2, 3" in said.out
+    red = np.asarray(Image.open(tmp_path / "run" / "curves.png")) == (0xD0, 0x30, 0x30)
+    assert red.all(-1).any(), "the curves show where they parted"
+
+
+def test_metrics_and_sheets_reach_tensorboard(small, tmp_path, monkeypatch):
+    """Every number of metrics.jsonl and the sheets; where it is not installed, one line before anything starts."""
+    every = shapes.held_out_tasks()
+    monkeypatch.setattr(shapes, "held_out_tasks", lambda: every[::20])
+    start = ["--model", small, *LIFE, "--steps", 2, "--eval-every", 1, "--tensorboard", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.importlib.util, "find_spec", lambda name: None)
+        with user_error("--tensorboard", "pip install tensorboard"):
+            main_here(patch, *start, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main_here(monkeypatch, *start, tmp_path / "run")
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for line in read_metrics(tmp_path / "run"):
+        for key in ("reward", "loss", "kl_image", "lr"):
+            assert [e.value for e in events.Scalars(key) if e.step == line["step"]] == [pytest.approx(line[key], rel=1e-6)]
+    assert len(events.Scalars("held_out/self_reward")) == 1
+    assert [e.step for e in events.Images("samples")] == [1, 2] and [e.step for e in events.Images("after")] == [2]
+
+
+def test_the_gauge_of_a_real_model_takes_a_detector_and_a_folder(small, scorers, true_pictures, tmp_path, monkeypatch, capsys):
+    """Understanding of a folder's pictures is the share of right answers to its questions, one by one; the detector is
+    evaluate.py's. With neither the run says that nothing independent is measured."""
+    model = load(small)
+    lines, images = true_pictures
+    folder = put(tmp_path / "true", lines[::15], images[::15])
+    tasks = shapes.held_out_tasks()[::15]
+    world = dataclasses.replace(world_of(model), suite=shapes.held_out_tasks()[::30])
+    args = argparse.Namespace(detector=None, detector_clip=None, true_images=str(folder), tensorboard=False)
+    watch.add_measures(world, args, torch.device("cpu"))
+    scores, _ = evaluate(model, world, 3.0, images_per_prompt=1, compiled=False)
+    right = [[score(sample_answers(model, to_pixels(picture[None], model.device), [task.question]).texts[0], task, shapes.VOCABULARY) == 1
+              for picture in pictures] for task, pictures in zip(tasks, images[::15])]
+    by_tag = {tag: np.mean([r for r, task in zip(right, tasks) if task.tag == tag]) for tag in TAGS}
+    assert scores["understanding"]["ground_truth_by_category"] == pytest.approx(by_tag)
+    assert scores["understanding"]["ground_truth"] == pytest.approx(np.mean(list(by_tag.values())))
+
+    real = tmp_path / "real"
+    save(small_janus(), real)  # lives in no world of its own
+    suite = geneval_suite()[::60]
+    monkeypatch.setattr(evaluate_module, "geneval_suite", lambda: suite)
+    shape = ["--model", real, *LIFE, "--steps", 2, "--eval-every", 1, "--micro-batch", 6]
+    main_here(monkeypatch, *shape, "--out", tmp_path / "blind")
+    assert "nothing independent is measured" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "blind")[0]["held_out"]["detector"] is None
+    main_here(monkeypatch, *shape, "--out", tmp_path / "seen", "--detector", scorers / "detector", "--detector-clip", scorers / "clip")
+    assert "nothing independent" not in capsys.readouterr().out
+    assert 0 <= read_metrics(tmp_path / "seen")[0]["held_out"]["detector"] <= 1
+    with user_error("asks for", "the geneval world does not know"):
+        main_here(monkeypatch, *shape, "--out", tmp_path / "no", "--true-images", folder)
+    with user_error("is not in GenEval's layout"):
+        main_here(monkeypatch, *shape, "--out", tmp_path / "no", "--true-images", tmp_path)
+    assert not (tmp_path / "no").exists()
 
 
 # =====================================================================================================================

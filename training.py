@@ -1,9 +1,6 @@
-"""What sft.py and grpo.py share: whole or sharded models, one optimizer step over all ranks, what stops a run, and
-what its folder shows.
+"""What sft.py and grpo.py share: whole or sharded models, one optimizer step over all ranks, and what stops a run.
 
-Nothing here knows which of the two is running. A run's folder holds args.json (its flags), metrics.jsonl (a line a step),
-samples/ (contact sheets), step_*/ (checkpoints, resume.py), before.json and before.png (scores of the starting point),
-and at the end after.png, curves.png and summary.json.
+Nothing here knows which of the two is running.
 """
 
 import argparse
@@ -19,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,11 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from checkpoint import load, sha256
-from evaluate import World, report, table, write_json
+from evaluate import World
 from model import UnifiedModel, UserError, add_adapters, frozen_copy, merged
 from resume import load_adapters, whole
 from reward import Task, Vocabulary, draw_task, read_tasks, task_key
-from sample import contact_sheet, to_uint8, use_draw_steps
+from sample import use_draw_steps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The models of a run: all on every rank, or their trunks' blocks in shards; all weights learn, or adapters
@@ -366,96 +362,3 @@ def drawable(model: UnifiedModel, task: Task) -> None:
         model.generation_prompt([task.prompt])
     except UserError as error:
         raise ValueError(str(error)) from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run's folder shows
-
-
-def score_before(out: Path, rank: int, measure: Callable[[], tuple[dict, list[dict]]]) -> dict:
-    """The scores before training: those in the folder, or what `measure` says, which is then put there."""
-    if (out / "before.json").exists():
-        return json.loads((out / "before.json").read_text())
-    scores, records = measure()
-    if rank == 0:
-        report(records, out / "before.png")
-        write_json(out / "before.json", scores)  # last, as a run that was killed in between measures again
-    return scores
-
-
-def write_line(out: Path, line: dict) -> None:
-    """Appends a step's metrics; what is not finite becomes null, which JSON has."""
-    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(plain) + "\n")
-
-
-def mean_rewards(tasks: Sequence[Task], rewards: Sequence[float]) -> dict[str, float]:
-    """The rewards' mean over all trajectories, and over those of each category that occurs."""
-    by_tag = {}
-    for task, reward in zip(tasks, rewards):
-        by_tag.setdefault(f"reward_{task.tag}", []).append(reward)
-    return {"reward": float(np.mean(rewards)), **{key: float(np.mean(by_tag[key])) for key in sorted(by_tag)}}
-
-
-def contact_sheet_of(
-    model: UnifiedModel, rollouts: Sequence, rewards: Sequence[float], path: Path, count: int = 24
-) -> None:
-    """A contact sheet of this rank's trajectories (tasks, images, answers), evenly chosen: prompt, answer,
-    reward."""
-    with torch.no_grad():
-        pixels = np.concatenate([to_uint8(model.to_pixels(r.images.codes)) for r in rollouts])
-    prompts = [task.prompt.removeprefix("a photo of ") for r in rollouts for task in r.tasks]
-    texts = [text for r in rollouts for text in r.answers.texts]
-    chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int)
-    captions = [f"{prompts[i]}\nsays: {texts[i]}\nreward {rewards[i]:.2f}" for i in chosen]
-    contact_sheet(pixels[chosen], captions, path)
-
-
-CURVES = {"self-reward": "#d9822b", "detector": "#2b6cd9", "understanding": "#3a9d5d"}
-
-
-def curves(runs: Sequence[Path], path: Path, width: int = 640, height: int = 320) -> None:
-    """A picture of runs' self-reward on training prompts (mean of five steps), and of the detector's score and the
-    understanding of true pictures on held-out prompts, against steps; one thin line a run."""
-    lines = []  # (name, [(step, value)])
-    for run_ in runs:
-        steps = [json.loads(line) for line in (run_ / "metrics.jsonl").read_text().splitlines()]
-        scores = json.loads((run_ / "summary.json").read_text())
-        held_out = [(line["step"], line["held_out"]) for line in steps if "held_out" in line]
-        rewards = [line["reward"] for line in steps]
-        smooth = [(line["step"], np.mean(rewards[max(i - 4, 0) : i + 1])) for i, line in enumerate(steps)]
-        lines.append(("self-reward", smooth))
-        for name, part, key, short in (("detector", "generation", "overall", "generation"),
-                                       ("understanding", "understanding", "ground_truth", "ground_truth")):
-            ends = [(step, scores[when][part][key]) for step, when in ((0, "before"), (scores["steps"], "after"))]
-            lines.append((name, ends[:1] + [(step, values[short]) for step, values in held_out] + ends[1:]))
-    last = max(step for _, points in lines for step, _ in points)
-    picture = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(picture)
-    place = lambda step, value: (36 + (width - 48) * step / last, height - 24 - (height - 48) * value)
-    for tenth in range(0, 11, 2):
-        pen.line([place(0, tenth / 10), place(last, tenth / 10)], "#dddddd")
-        pen.text((8, place(0, tenth / 10)[1] - 6), f"{tenth / 10:.1f}", "black")
-    for name, points in lines:
-        if all(value is not None for _, value in points):
-            pen.line([place(step, value) for step, value in points], CURVES[name], 2)
-    for i, (name, color) in enumerate(CURVES.items()):
-        pen.text((40 + 130 * i, 4), name, color)
-    pen.text((width - 90, height - 16), f"{last} steps", "black")
-    picture.save(path)
-
-
-def finish(args, before: dict, after: dict, records: list[dict], world: World, seconds: float) -> None:
-    """summary.json, after.png and the table, with the conditions of the scores and what to do next."""
-    out = Path(args.out)
-    summary = {"model": args.model, "mode": args.mode, "seed": args.seed, "steps": args.steps, "seconds": seconds}
-    report(records, out / "after.png")
-    write_json(out / "summary.json", {**summary, "before": before, "after": after})
-    curves([out], out / "curves.png")
-    print(table({"before": before, "after": after}))
-    steps = f"{args.draw_steps} mask-predict steps, " if args.draw_steps else ""
-    print(f"{args.eval_images} images for each of {len(world.suite)} held-out prompts, guidance {args.guidance:g}, "
-          f"temperature {args.temperature:g}, {steps}evaluation seed 0; {seconds:.0f} s in all")
-    print(f"look at {out}/curves.png, before.png and after.png; then: python sample.py \"{world.suite[0].prompt}\" "
-          f"--model {out}/step_{args.steps:06d}")
