@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from evaluate import write_whole
 from model import UserError
-from sample import positive, run
+from sample import ShortHelp, positive, run
 
 HERE = Path(__file__).parent
 MODELS = ("tiny", "tiny-show-o")
@@ -405,7 +405,9 @@ def draw_hacking(pyplot, results: list[dict]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="ablations on the tiny models", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="ablations on the tiny models", allow_abbrev=False, formatter_class=ShortHelp
+    )
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--cells", nargs="+", metavar="CELL", help=f"of {', '.join({**cells('tiny'), **cells('tiny-show-o')})} (default: all)")

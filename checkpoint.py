@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig, JanusConfig, JanusProcessor, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
@@ -175,7 +176,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         else:
             continue
         tensors = {}
-        for name in files:
+        for name in progress(files, "reading weights", "file"):
             path = folder / Path(name).name
             try:
                 if path.suffix == ".safetensors":
@@ -186,6 +187,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
         return tensors
     raise UserError(f"{folder}: holds no model.safetensors, pytorch_model.bin or their index")
+
+
+def progress(items: Iterable, what: str, unit: str) -> Iterable:
+    """The items, behind a bar that appears after a second, on the first rank."""
+    hide = True if os.environ.get("RANK", "0") != "0" else None
+    return tqdm(items, what, unit=unit, delay=1, leave=False, disable=hide)
 
 
 def find_folder(name: str, files: Sequence[str] = ("*.json", "*.safetensors", "*.bin", "*.jinja")) -> Path:
@@ -319,7 +326,8 @@ def load_janus(folder: Path, settings: dict, device: str | torch.device, dtype: 
     if config.tie_word_embeddings and "language_model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"]
     check_tensors(folder, model.state_dict(), tensors)
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    read = progress(tensors.items(), "loading", "tensor")  # where a file is mapped, its bytes are read only now
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in read}, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.language_model.embed_tokens.weight
     return model.eval()
@@ -362,7 +370,8 @@ def load_show_o(folder: Path, settings: dict, device: str | torch.device, dtype:
         raise UserError(f"{folder}/config.json: not a Show-o configuration ({one_line(error)})") from None
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vqmodel.")}
     check_tensors(folder, expected, tensors)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True)
+    read = progress(tensors.items(), "loading", "tensor")
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in read}, strict=False, assign=True)
     return model.to(device, dtype).eval()
 
 

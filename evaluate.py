@@ -35,6 +35,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +52,8 @@ from geneval import CLIP, COUNTING_THRESHOLD, DETECTOR, THRESHOLD, Detection, De
 from model import UnifiedModel, UserError
 from reward import REAL, TAGS, Task, Vocabulary, geneval_metadata, geneval_suite, score, task_of
 from sample import (
-    contact_sheet, non_negative, positive, read_image, run, sample_answers, sample_images, start_ranks, to_pixels,
-    to_uint8, use_draw_steps,
+    COMPILING, ShortHelp, contact_sheet, non_negative, positive, read_image, run, sample_answers, sample_images,
+    start_ranks, to_pixels, to_uint8, use_draw_steps,
 )
 from tiny import world as shapes
 
@@ -471,7 +472,9 @@ def compare(paths: Sequence[str], resamples: int = 10_000) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="score a model, or a folder of pictures", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="score a model, or a folder of pictures", allow_abbrev=False, formatter_class=ShortHelp
+    )
     add = parser.add_argument
     add("--model", help=f"{', '.join(NAMES)}, a hub id or a folder (default: tiny; with --images none)")
     add("--out", default="results", help="folder for images/, results.json and report.png (default: results)")
@@ -523,6 +526,8 @@ def main() -> None:
     folder = Path(args.images or out / "images")
     if not pictures:
         guidance = model.guidance if args.guidance is None else args.guidance
+        if rank == 0 and not args.no_compile:
+            print(COMPILING, file=sys.stderr)
         draw_folder(model, world, folder, args.images_per_prompt or (6 if small else 4), guidance, args.temperature,
                     args.seed, batch, not args.no_compile, args.model)
         pictures = read_folder(folder)

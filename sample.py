@@ -624,6 +624,9 @@ def contact_sheet(images: np.ndarray, captions: Sequence[str], path: str | Path,
 # Devices and processes
 
 
+COMPILING = "compiling the sampler on first use: up to a minute (--no-compile avoids it)"
+
+
 def pick_device() -> torch.device:
     """The GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -684,6 +687,16 @@ def positive(kind):
     return parse
 
 
+class ShortHelp(argparse.HelpFormatter):
+    """--help with N for every number, and room for what it means."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=26)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type else super()._get_default_metavar_for_optional(action)
+
+
 def non_negative(kind):
     """argparse type: a finite number of at least zero."""
 
@@ -724,7 +737,7 @@ def run(main) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="draw images, or ask about one")
+    parser = argparse.ArgumentParser(description="draw images, or ask about one", formatter_class=ShortHelp)
     parser.add_argument("prompt", nargs="?", help="what to draw")
     parser.add_argument("--model", default="tiny", help=f"{', '.join(NAMES)}, a hub id or a folder (default: tiny)")
     parser.add_argument("-n", type=positive(int), default=8, help="images (default: 8)")
@@ -752,7 +765,7 @@ def main() -> None:
         return
     seeds = range(args.seed, args.seed + args.n)
     if not args.no_compile:
-        print("compiling the sampler on first use: up to a minute (--no-compile avoids it)", file=sys.stderr)
+        print(COMPILING, file=sys.stderr)
     batches = tqdm(range(0, args.n, 16), desc="drawing", unit="batch", disable=None)
     guidance = model.guidance if args.guidance is None else args.guidance
     pictures = [

@@ -66,8 +66,9 @@ from model import PARTS, UnifiedModel, UserError
 from resume import Signals, load_optimizer, load_state, open_run, place, resumed, save_run
 from reward import Task, score
 from sample import (
-    Answers, Images, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits, image_logprobs, k3,
-    non_negative, positive, relaxed_codes, run, sample_answers, sample_images, start_ranks, token_logprobs, trajectory_mean,
+    COMPILING, Answers, Images, ShortHelp, answer_logits, bound_gradient, choose_scored, encode_answers, image_logits,
+    image_logprobs, k3, non_negative, positive, relaxed_codes, run, sample_answers, sample_images, start_ranks,
+    token_logprobs, trajectory_mean,
 )
 from training import (
     Health, compute_type, fill_in, gather, in_micro_batches, learning_rate, load_start, make_optimizer, peak_memory,
@@ -196,7 +197,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                   for a, b in ((TINY, TINY_END_TO_END), (REAL, REAL_END_TO_END)))
         return "(default: {} in the tiny world, {} else)".format(*values)
 
-    parser = argparse.ArgumentParser(description="self-improving SFT", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="self-improving SFT; flags left out take the model's own defaults", allow_abbrev=False,
+        usage="torchrun sft.py [flags]", formatter_class=ShortHelp,
+    )
     add = parser.add_argument_group("run").add_argument
     add("--model", default="tiny", help=f"{', '.join(NAMES)}, a hub id or a folder (default: tiny)")
     add("--mode", choices=MODES, help="how the image tokens learn (default: two-stage)")
@@ -207,11 +211,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=positive(int), default=100, help="steps between checkpoints (default: 100)")
     add("--keep", type=non_negative(int), default=3, help="checkpoints that stay, the last; 0: all (default: 3)")
     add("--no-compile", action="store_true", help="start at once, sample slower")
-    add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
-    add("--sample-bf16", action=argparse.BooleanOptionalAction,
-        help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16, without --lora)")
-    add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
-    add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     add = parser.add_argument_group("watching").add_argument
     add("--eval-every", type=non_negative(int), help="steps between held-out scores, 0: never " + both("eval_every"))
     add("--eval-images", type=positive(int), help="images a held-out prompt, before and after " + both("eval_images"))
@@ -257,10 +256,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="nats an image token, above which a run is stopped, 0: none (default: 10)")
     add("--entropy", type=non_negative(float), nargs=2, default=[0.002, 0.99], metavar=("LOW", "HIGH"),
         help="of image tokens, as shares of that of noise, outside which a run is stopped (default: 0.002 0.99)")
+    add = parser.add_argument_group("memory and machines").add_argument
+    add("--bf16", action="store_true", help="compute in bfloat16 (always on GPUs); weights that learn stay float32")
+    add("--sample-bf16", action=argparse.BooleanOptionalAction,
+        help="draw and answer with a bfloat16 copy of the trunk (default: on GPUs and with --bf16, without --lora)")
+    add("--shard", action="store_true", help="share the trunk's blocks out among the ranks (FSDP2); needs torchrun")
     add("--lora", type=positive(int), metavar="R", help="learn adapters of rank R of the trunk's linear layers instead")
     add("--freeze", nargs="*", choices=PARTS, metavar="PART",
         help=f"parts that stay as they are, of {', '.join(PARTS)} (default: those that it has of vision_model vqmodel)")
     add("--recompute", action=argparse.BooleanOptionalAction, help="gradient checkpointing " + both("recompute"))
+    add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     args = parser.parse_args(argv)
     if args.resume:
         args = resumed(parser, args, "sft.py")
@@ -312,7 +317,7 @@ def main() -> None:
             )
 
     if rank == 0 and compiled:
-        print("compiling the sampler on first use: about a minute (--no-compile avoids it)", flush=True)
+        print(COMPILING, flush=True)
     before = score_before(out, rank, lambda: measure("before", args.eval_images))
     watch = Watch(args, world, before, rank, start)
 
