@@ -14,14 +14,13 @@ From it come
     figures/learning.png    the detector's score against images drawn and against minutes
     figures/hacking.png     a run that talks itself into its pictures beside one that does not
 
-and, where the run is on this disk, figures/before.png and after.png, its contact sheets. Figures need matplotlib.
+The figures need matplotlib, nothing else does.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import queue
 import shlex
 import shutil
@@ -33,11 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from tqdm import tqdm
 
-from evaluate import write_whole
+from evaluate import versions, write_whole
 from model import UserError
 from sample import ShortHelp, positive, run
 
@@ -98,17 +95,16 @@ def tables(model: str) -> dict[str, list[str]]:
         ],
         "Reward": ["grpo", "partial", "likelihood"],
         "KL to the start": ["grpo", "beta 0", "beta 0.1"],
-        "Understanding frozen or trained": ["grpo", "answers trained"],
-        "The same, SFT": ["sft", "sft, answers trained"],
+        "Answers trained too (GRPO)": ["grpo", "answers trained"],
+        "Answers trained too (SFT)": ["sft", "sft, answers trained"],
         "Images a prompt, at as many images a step": ["grpo", "group 4", "group 8", "group 16"],
         "Guidance while sampling (scored at the same)": ["grpo", *others],
     }
 
 
 NAMES = {  # of cells as the tables say them, where that is not their own name
-    "grpo": "GRPO two-stage: guided, exact, beta 0.01, answers not trained, group 12",
-    "grpo end-to-end": "GRPO end-to-end", "sft": "SFT two-stage", "sft end-to-end": "SFT end-to-end",
-    "answers trained": "answer weight 0.3", "sft, answers trained": "answer weight 1",
+    "grpo": "GRPO two-stage", "grpo end-to-end": "GRPO end-to-end", "sft": "SFT two-stage", "sft end-to-end": "SFT end-to-end",
+    "answers trained": "GRPO, answer weight 0.3", "sft, answers trained": "SFT, answer weight 1",
 }
 
 
@@ -199,11 +195,9 @@ def record(job: Job, folder: Path) -> dict:
 
 def write_results(path: Path, results: list[dict]) -> None:
     """The results, a line each, after what they were made with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "numpy": np.__version__, "machine": f"{platform.machine()}, {platform.system()}, one core a run"}
     order = {job: i for i, job in enumerate(jobs(MODELS, None, 1000))}
     results = sorted(results, key=lambda r: order[Job(r["model"], r["cell"], r["seed"])])
-    text = json.dumps({"versions": versions, "common": COMMON})[:-1]
+    text = json.dumps({"versions": versions(), "common": COMMON})[:-1]
     write_whole(path, text + ', "runs": [\n' + ",\n".join(map(json.dumps, results)) + "\n]}\n")
 
 
@@ -242,6 +236,9 @@ def perform_all(wanted: list[Job], path: Path, runs: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
+METHODS = {"grpo": ("GRPO two-stage", "#2b6cd9"), "sft": ("SFT two-stage", "#3a9d5d"),
+           "grpo end-to-end": ("GRPO end-to-end", "#d9822b"), "sft end-to-end": ("SFT end-to-end", "#a04fb5")}
+TITLES = {"tiny": "tiny Janus", "tiny-show-o": "tiny Show-o"}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles, 1 to 9 degrees of freedom
 
 
@@ -301,6 +298,53 @@ def table(results: list[dict], model: str, names: list[str]) -> list[str]:
     return rows
 
 
+def settings_table(results: list[dict]) -> list[str]:
+    """The other settings of both models in one table: the change of the detector's score beyond the table's first row,
+    seed by seed, and what stood out."""
+    rows = ["| | tiny Janus | tiny Show-o |", "|---|---|---|"]
+    for title in list(tables("tiny"))[1:]:
+        rows.append(f"| *{title}* | | |")
+        names = {model: tables(model)[title] for model in MODELS}
+        for name in dict.fromkeys(name for model in MODELS for name in names[model][1:]):
+            row = []
+            for model in MODELS:
+                first, found = of_cell(results, model, names[model][0]), of_cell(results, model, name)
+                pairs = [change(r, "detector") - change(first[seed], "detector") for seed, r in found.items() if seed in first]
+                row.append(signed(pairs) if name in names[model] else "")
+            rows.append(f"| {NAMES.get(name, name)} | {' | '.join(row)} |")
+    return rows
+
+
+def write_readme(content: dict, path: Path) -> None:
+    """Puts the two tables of README.md between their marks."""
+    results, text = content["runs"], path.read_text()
+    for mark, lines in (("methods", methods_table(results)), ("settings", settings_table(results))):
+        start, end = f"<!-- {mark}: written by ablate.py -->\n", f"<!-- end of {mark} -->"
+        before, rest = text.split(start)
+        text = before + start + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
+    write_whole(path, text)
+
+
+def methods_table(results: list[dict]) -> list[str]:
+    """The four methods on both models: the scores at the start, and their changes."""
+    keys = ("detector", "own_images", "ground_truth", "disagreement")
+    rows = ["| | seeds | detector | own pictures understood | true pictures understood | the two disagree | minutes |",
+            "|---|---|---|---|---|---|---|"]
+    for model in MODELS:
+        start = of_cell(results, model, "grpo")
+        if not start:
+            continue
+        scores = next(iter(start.values()))["before"]
+        values = [scores["generation"]["overall"], *(scores[key] for key in keys[1:])]
+        rows.append(f"| **{TITLES[model]}**, start | | {' | '.join(f'{value:.3f}' for value in values)} | |")
+        for name in METHODS:
+            if found := of_cell(results, model, name):
+                minutes = np.mean([sum(r["seconds"]) for r in found.values()]) / 60
+                changes = [signed([change(r, key) for r in found.values()]) for key in keys]
+                rows.append(f"| {METHODS[name][0]} | {len(found)} | {' | '.join(changes)} | {minutes:.1f} |")
+    return rows
+
+
 def write_tables(content: dict, path: Path) -> None:
     """All tables of all models."""
     lines = ["# Ablations on the tiny models", "",
@@ -311,14 +355,13 @@ def write_tables(content: dict, path: Path) -> None:
         lines += [f"## {model}: `{content['common'][model]}`, {IMAGES[model]} images a step", ""]
         for title, names in tables(model).items():
             lines += [f"**{title}**", "", *table(content["runs"], model, names), ""]
-    versions = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
-    write_whole(path, "\n".join([*lines, versions, ""]))
+    made_with = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
+    write_whole(path, "\n".join([*lines, f"Made with {made_with}; a run had one core.", ""]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
-METHODS = {"grpo": "#2b6cd9", "sft": "#3a9d5d", "grpo end-to-end": "#d9822b", "sft end-to-end": "#a04fb5"}
 
 
 def figures(content: dict, folder: Path) -> None:
@@ -353,7 +396,7 @@ def draw_cells(pyplot, results: list[dict]):
             axis.axvline(interval([change(r, "detector") for r in of_cell(results, model, "grpo").values()])[0],
                          color="#2b6cd9", linewidth=0.6, linestyle=":")
         axis.axvline(0, color="#999999", linewidth=0.6)
-        axis.set(yticks=range(len(names)), yticklabels=names, title=model, xlabel="change of the detector's score")
+        axis.set(yticks=range(len(names)), yticklabels=names, title=TITLES[model], xlabel="change of the detector's score")
         axis.invert_yaxis()
     return figure
 
@@ -369,7 +412,7 @@ def draw_learning(pyplot, results: list[dict]):
     """The detector's score of the four methods, mean and interval over seeds, against images and minutes."""
     figure, axes = pyplot.subplots(len(MODELS), 2, figsize=(9, 5), sharey="row")
     for row, model in zip(axes, MODELS):
-        for name, color in METHODS.items():
+        for name, (label, color) in METHODS.items():
             found = list(of_cell(results, model, name).values())
             if not found:
                 continue
@@ -378,9 +421,9 @@ def draw_learning(pyplot, results: list[dict]):
             mean, half = np.transpose([interval([curve[i][1] for curve in curves]) for i in range(len(steps))])
             minutes = [np.mean([sum(r["seconds"][:step]) for r in found]) / 60 for step in steps]
             for axis, places in zip(row, ([step * found[0]["images"] for step in steps], minutes)):
-                axis.plot(places, mean, color=color, label=name, marker=".", markersize=4)
+                axis.plot(places, mean, color=color, label=label, marker=".", markersize=4)
                 axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-        row[0].set(ylabel=f"{model}: detector", xlabel="images drawn")
+        row[0].set(ylabel=f"{TITLES[model]}: detector", xlabel="images drawn")
         row[1].set(xlabel="minutes of training on one core")
     axes[0][0].legend(frameon=False)
     return figure
@@ -395,7 +438,7 @@ def draw_hacking(pyplot, results: list[dict]):
             for column, (label, color) in enumerate((("detector", "#2b6cd9"), ("own pictures understood", "#d9822b"),
                                                      ("true pictures understood", "#3a9d5d")), 1):
                 axis.plot(*zip(*held_out_curve(result, column)), color=color, linewidth=0.9, label=label)
-        axis.set(title=f"{model}\n{NAMES[name]}", xlabel="steps", ylim=(0, 1.03))
+        axis.set(title=f"{TITLES[model]}\n{NAMES[name]}", xlabel="steps", ylim=(0, 1.03))
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[:3], labels[:3], frameon=False, fontsize=7)
     return figure
@@ -424,9 +467,8 @@ def main() -> None:
         perform_all(jobs(args.models, args.cells, args.seeds), path, runs)
     content = read_results(path)
     write_tables(content, path.with_suffix(".md"))
-    for name in ("before", "after"):
-        if (sheet := runs / "tiny" / "grpo" / "seed0" / f"{name}.png").exists():
-            shutil.copy(sheet, path.parent)
+    if path.parent == HERE / "figures":
+        write_readme(content, HERE / "README.md")
     figures(content, path.parent)
     print(f"{len(content['runs'])} runs in {path}; look at {path.with_suffix('.md')} and {path.parent}/*.png")
 

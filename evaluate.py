@@ -34,6 +34,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -364,6 +365,12 @@ def write_whole(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "numpy": np.__version__, "machine": f"{platform.system()} {platform.machine()}"}
+
+
 def write_json(path: Path, content: dict | list) -> None:
     """The content as a JSON file."""
     write_whole(path, json.dumps(content, indent=1))
@@ -556,7 +563,7 @@ def finish(args, world: World, folder: Path, pictures: list, records: list[dict]
         "images_per_prompt": max(len(files) for _, files in pictures),
         "suite": {"name": world.name, "prompts": len(pictures), "sha256": hashlib.sha256(lines.encode()).hexdigest()},
         "scorer": scorer if world.detect else None, "nothing_found": empty,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+        "versions": versions(),
     }
     records = [{**r, "drawn": None, "reason": "detector broken"} for r in records] if broken else records
     scores = summarize(records)

@@ -48,6 +48,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+import ablate
 import bench
 import checkpoint
 import evaluate as evaluate_module
@@ -4432,6 +4433,133 @@ def test_the_gauge_of_a_real_model_takes_a_detector_and_a_folder(small, scorers,
     with user_error("is not in GenEval's layout"):
         main_here(monkeypatch, *shape, "--out", tmp_path / "no", "--true-images", tmp_path)
     assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate.py: many runs, and what is made of them
+
+
+def test_students_quantiles():
+    """The integral of the density of Student's t from minus to plus each quantile is 0.95."""
+    for freedom, quantile in enumerate(ablate.STUDENT, 1):
+        at = np.linspace(-quantile, quantile, 200_001)
+        scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        density = scale * (1 + at**2 / freedom) ** (-(freedom + 1) / 2)
+        inside = float(((density[1:] + density[:-1]) / 2).sum() * (at[1] - at[0]))
+        assert inside == pytest.approx(0.95, abs=1e-4), freedom
+
+
+def test_the_interval_holds_the_mean_in_19_of_20_cases():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(4000):
+        mean, half = ablate.interval(rng.normal(0.3, 0.1, 5))
+        hits += abs(mean - 0.3) <= half
+    assert abs(hits / 4000 - 0.95) < 0.012
+    assert math.isnan(ablate.interval([0.1])[1]) and math.isnan(ablate.interval([])[0])
+
+
+def test_every_ablation_is_a_command_that_its_script_takes():
+    jobs = ablate.jobs(ablate.MODELS, None, 2)
+    assert len(set(jobs)) == len(jobs) and len({job.folder for job in jobs}) == len(jobs)
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs), "every cell gets seed 0 first"
+    for job in jobs:
+        script = {"grpo.py": grpo, "sft.py": sft}[job.command[0]]
+        args = script.parse_args(job.command[1:])
+        assert args.prompts * args.group == ablate.IMAGES[job.model] and (args.model, args.seed) == (job.model, job.seed)
+    for model in ablate.MODELS:
+        named = [name for names in ablate.tables(model).values() for name in names]
+        assert set(named) == set(ablate.cells(model)), "every cell stands in a table"
+
+
+STUB = """
+import json, pathlib, sys
+words = sys.argv
+out = pathlib.Path(words[words.index("--resume" if "--resume" in words else "--out") + 1])
+with open(pathlib.Path(__file__).with_name("calls"), "a") as calls:
+    calls.write(" ".join([*words[1:], "before" * (out / "before.json").exists()]) + chr(10))
+trouble = pathlib.Path(__file__).with_name("trouble")
+what = trouble.read_text() if trouble.exists() and "seed1" in str(out) else ""
+out.mkdir(parents=True, exist_ok=True)
+scores = {"generation": {"overall": 0.5}, "understanding": {"ground_truth": 1.0, "own_images": 0.5},
+          "imbalance": dict.fromkeys(["answered_given_drawn", "drawn_given_answered", "disagreement"], 0.25)}
+(out / "args.json").write_text("{}")
+(out / "before.json").write_text(json.dumps(scores)), (out / "before.png").write_text("")
+line = {"step": 1, "reward": 0.5, "kl_image": 0.1, "entropy_image": 1.0, "seconds": 30.0}
+(out / "metrics.jsonl").write_text(json.dumps(line) + chr(10))
+if what:
+    sys.exit(None if what == "signal" else what)
+scores = {**scores, "generation": {"overall": 0.75}}
+(out / "summary.json").write_text(json.dumps({"before": json.loads((out / "before.json").read_text()), "after": scores}))
+"""
+
+
+def test_the_runs_of_the_ablations_can_be_stopped_and_called_again(tmp_path, monkeypatch):
+    """With a stand-in for the trainers: what was interrupted is resumed, what is done is not done again, the scores of the
+    start are measured once a model, a run's own stop is a result, a fault ends everything with its last line."""
+    for script in ("grpo.py", "sft.py"):
+        (tmp_path / script).write_text(STUB)
+    monkeypatch.setattr(ablate, "HERE", tmp_path)
+    monkeypatch.setattr(ablate.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(ablate.os, "sched_setaffinity", lambda pid, cores: None, raising=False)
+    path, runs, jobs = tmp_path / "results.json", tmp_path / "runs", ablate.jobs(["tiny"], ["grpo", "beta 0"], 2)
+    calls = lambda: (tmp_path / "calls").read_text().splitlines()
+    (tmp_path / "trouble").write_text("signal")
+    ablate.perform_all(jobs, path, runs)
+    results = lambda: {(r["cell"], r["seed"]): r for r in ablate.read_results(path)["runs"]}
+    assert set(results()) == {("grpo", 0), ("beta 0", 0)} and len(calls()) == 4
+    assert [line.endswith("before") for line in calls()] == [False, True, True, True]
+    (tmp_path / "trouble").write_text("error: stopped at step 1: the KL is out of bounds")
+    ablate.perform_all(jobs, path, runs)
+    assert len(results()) == 4 and all("--resume" in line for line in calls()[4:]) and len(calls()) == 6
+    assert results()["grpo", 1]["stopped"].startswith("stopped at step 1") and "after" not in results()["grpo", 1]
+    assert results()["grpo", 0]["after"]["generation"]["overall"] == 0.75
+    ablate.perform_all(jobs, path, runs)
+    assert len(calls()) == 6, "nothing is run twice"
+    assert any(" 1 (1 stopped) |" in row for row in ablate.table(list(results().values()), "tiny", ["grpo"]))
+    (tmp_path / "trouble").write_text("ZeroDivisionError: division by zero")
+    with user_error("failed: ZeroDivisionError", "seed1.log"):
+        ablate.perform_all(ablate.jobs(["tiny"], ["sft"], 2), path, runs)
+    monkeypatch.setattr(ablate, "COMMON", {**ablate.COMMON, "tiny": "--steps 1"})
+    with user_error("was run with other flags"):
+        ablate.perform_all(jobs, path, runs)
+
+
+def fake_run(cell, seed, after, model="tiny"):
+    scores = lambda overall: {"generation": {"overall": overall}, "ground_truth": 1.0, "own_images": 0.6, "disagreement": 0.1}
+    return {"model": model, "cell": cell, "seed": seed, "before": scores(0.5), "after": scores(after), "seconds": [60.0, 60.0],
+            "reward": [0.5, 0.6], "images": 96, "held_out": [[1, 0.55, 0.6, 1.0]]}
+
+
+def test_tables_hold_means_and_intervals():
+    """By hand: changes 0.1, 0.2, 0.3 have mean 0.2, deviation 0.1 and so 4.303 x 0.1 / sqrt(3) = 0.248; against the other
+    cell, seed by seed, 0.1, 0.1, 0.1."""
+    results = [fake_run("grpo", s, 0.6 + 0.1 * s) for s in range(3)] + [fake_run("beta 0", s, 0.7 + 0.1 * s) for s in range(3)]
+    rows = ablate.table(results, "tiny", ["grpo", "beta 0", "beta 0.1"])
+    assert len(rows) == 4 and "| 3 | 0.500 | +0.200 ± 0.248 |  | +0.000 ± 0.000 | +0.000 ± 0.000 |" in rows[2]
+    assert rows[2].endswith("| 2.0 |") and "| +0.300 ± 0.248 | +0.100 ± 0.000 |" in rows[3]
+    assert "| beta 0 | +0.100 ± 0.000 | - |" in ablate.settings_table(results)
+    assert any(row.startswith("| GRPO two-stage | 3 | +0.200 ± 0.248 |") for row in ablate.methods_table(results))
+
+
+def test_the_readmes_tables_are_those_of_the_results(tmp_path):
+    """What `ablate.py --report` would write into README.md and figures/ablation.md is what stands there."""
+    content = ablate.read_results(ROOT / "figures" / "ablation.json")
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    ablate.write_readme(content, tmp_path / "README.md")
+    ablate.write_tables(content, tmp_path / "ablation.md")
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    assert (tmp_path / "ablation.md").read_text() == (ROOT / "figures" / "ablation.md").read_text()
+    commands = {(job.model, job.cell, job.seed): " ".join(job.command) for job in ablate.jobs(ablate.MODELS, None, 100)}
+    assert all(commands[r["model"], r["cell"], r["seed"]] == r["command"] for r in content["runs"])
+
+
+def test_the_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = [*ablate.METHODS, "sft, answers trained"]
+    runs = [fake_run(name, seed, 0.6 + 0.1 * seed, model) for name in names for seed in range(2) for model in ablate.MODELS]
+    ablate.figures({"runs": runs}, tmp_path)
+    for name in ("ablation", "learning", "hacking"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
 
 
 # =====================================================================================================================

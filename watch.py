@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from evaluate import World, load_detector, read_folder, report, table, write_json
+from evaluate import World, load_detector, read_folder, report, table, versions, write_json
 from model import UnifiedModel, UserError
 from reward import Task
 from sample import contact_sheet, to_uint8
@@ -155,6 +155,7 @@ class Watch:
         last = self.compare(after, args.steps, args.eval_images)
         parted = {line["step"]: line["held_out"]["parted"] for line in lines if line.get("held_out", {}).get("parted")}
         summary = {"model": args.model, "mode": args.mode, "seed": args.seed, "steps": args.steps, "seconds": seconds,
+                   "threads": torch.get_num_threads(), "versions": versions(),
                    "parted": {**parted, **({args.steps: last["parted"]} if last["parted"] else {})}}
         report(records, out / "after.png")
         write_json(out / "summary.json", {**summary, "before": self.before, "after": after})
