@@ -4423,10 +4423,10 @@ def test_the_gauge_of_a_real_model_takes_a_detector_and_a_folder(small, scorers,
     monkeypatch.setattr(evaluate_module, "geneval_suite", lambda: suite)
     shape = ["--model", real, *LIFE, "--steps", 2, "--eval-every", 1, "--micro-batch", 6]
     main_here(monkeypatch, *shape, "--out", tmp_path / "blind")
-    assert "nothing independent is measured" in capsys.readouterr().out
+    assert "nothing independent is measured" in capsys.readouterr().err
     assert read_metrics(tmp_path / "blind")[0]["held_out"]["detector"] is None
     main_here(monkeypatch, *shape, "--out", tmp_path / "seen", "--detector", scorers / "detector", "--detector-clip", scorers / "clip")
-    assert "nothing independent" not in capsys.readouterr().out
+    assert "nothing independent" not in capsys.readouterr().err
     assert 0 <= read_metrics(tmp_path / "seen")[0]["held_out"]["detector"] <= 1
     with user_error("asks for", "the geneval world does not know"):
         main_here(monkeypatch, *shape, "--out", tmp_path / "no", "--true-images", folder)

@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class Watch:
             self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=start + 1)
         known = measures(before)
         if self.first and args.eval_every and known["detector"] is None and known["true pictures"] is None:
-            tqdm.write("nothing independent is measured: the gap gauge needs --detector or --true-images")
+            tqdm.write("nothing independent is measured: the gap gauge needs --detector or --true-images", file=sys.stderr)
 
     def count(self, images: int) -> dict[str, int]:
         """How many pictures a measurement looks at."""
@@ -111,8 +112,9 @@ class Watch:
             self.gap = (f"the model believes more than is so: {change('self-reward')}, but "
                         f"{', '.join(map(change, fallen))} (held-out prompts, since the start)")
             if self.first:
-                tqdm.write(f"warning: step {step}: {self.gap}. It learns to say what the prompt says; look at samples/, try a "
-                           "lower --answer-weight or --lr, a higher --beta, or --judge frozen (--stop-on-gap ends here)")
+                tqdm.write(f"warning: step {step}: {self.gap}. It may be learning to say what the prompt says: look at samples/, try "
+                           "a lower --answer-weight or --lr, a higher --beta, or --judge frozen (--stop-on-gap ends here)",
+                           file=sys.stderr)
         return {**{key.replace(" ", "_").replace("-", "_"): value for key, value in now.items()}, "parted": fallen,
                 "true_pictures_by_category": scores["understanding"]["ground_truth_by_category"]}
 
