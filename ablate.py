@@ -36,7 +36,9 @@ from tqdm import tqdm
 
 from evaluate import versions, write_whole
 from model import UserError
+from reward import TAGS
 from sample import ShortHelp, positive, run
+from watch import falls
 
 HERE = Path(__file__).parent
 MODELS = ("tiny", "tiny-show-o")
@@ -45,7 +47,7 @@ SEEDS = 5
 IMAGES = {"tiny": 96, "tiny-show-o": 96}
 COMMON = {"tiny": "--steps 30 --warmup 2 --eval-images 2", "tiny-show-o": "--steps 16 --warmup 2 --eval-images 2"}
 LR = {"tiny": "1.2e-4", "tiny-show-o": "6e-4"}  # of GRPO; a shorter run wants another one than a long one
-WATCHED = ("grpo", "grpo end-to-end", "sft", "sft end-to-end", "sft, answers trained")  # measured on the way, too
+WATCHED = ("grpo", "grpo end-to-end", "sft", "sft end-to-end", "sft, answers trained", "broken")  # measured on the way, too
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is run
@@ -77,6 +79,7 @@ def cells(model: str) -> dict[str, tuple[str, str]]:
         "beta 0.1": grpo("--beta 0.1"),
         "answers trained": grpo("--answer-weight 0.3"),
         "sft, answers trained": sft("--answer-weight 1"),
+        **({} if model == "tiny" else {"broken": grpo("--answer-weight 3 --beta 0")}),
         "group 4": grpo(group=4),
         "group 8": grpo(group=8),
         "group 16": grpo(group=16),
@@ -95,7 +98,7 @@ def tables(model: str) -> dict[str, list[str]]:
         ],
         "Reward": ["grpo", "partial", "likelihood"],
         "KL to the start": ["grpo", "beta 0", "beta 0.1"],
-        "Answers trained too (GRPO)": ["grpo", "answers trained"],
+        "Answers trained too (GRPO)": ["grpo", "answers trained", *([] if model == "tiny" else ["broken"])],
         "Answers trained too (SFT)": ["sft", "sft, answers trained"],
         "Images a prompt, at as many images a step": ["grpo", "group 4", "group 8", "group 16"],
         "Guidance while sampling (scored at the same)": ["grpo", *others],
@@ -104,7 +107,8 @@ def tables(model: str) -> dict[str, list[str]]:
 
 NAMES = {  # of cells as the tables say them, where that is not their own name
     "grpo": "GRPO two-stage", "grpo end-to-end": "GRPO end-to-end", "sft": "SFT two-stage", "sft end-to-end": "SFT end-to-end",
-    "answers trained": "GRPO, answer weight 0.3", "sft, answers trained": "SFT, answer weight 1",
+    "answers trained": "GRPO, answer weight 0.3", "broken": "GRPO, answer weight 3, beta 0",
+    "sft, answers trained": "SFT, answer weight 1",
 }
 
 
@@ -298,6 +302,16 @@ def table(results: list[dict], model: str, names: list[str]) -> list[str]:
     return rows
 
 
+def category_table(results: list[dict], model: str) -> list[str]:
+    """The four methods' changes of the detector's score in each category."""
+    rows = [f"| | {' | '.join(TAGS)} |", "|---|" + "---|" * len(TAGS)]
+    for name, (label, _) in METHODS.items():
+        if found := of_cell(results, model, name).values():
+            changes = [signed([r["after"]["generation"][tag] - r["before"]["generation"][tag] for r in found]) for tag in TAGS]
+            rows.append(f"| {label} | {' | '.join(changes)} |")
+    return rows
+
+
 def settings_table(results: list[dict]) -> list[str]:
     """The other settings of both models in one table: the change of the detector's score beyond the table's first row,
     seed by seed, and what stood out."""
@@ -355,6 +369,7 @@ def write_tables(content: dict, path: Path) -> None:
         lines += [f"## {model}: `{content['common'][model]}`, {IMAGES[model]} images a step", ""]
         for title, names in tables(model).items():
             lines += [f"**{title}**", "", *table(content["runs"], model, names), ""]
+        lines += ["**The detector's score by category, change**", "", *category_table(content["runs"], model), ""]
     made_with = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
     write_whole(path, "\n".join([*lines, f"Made with {made_with}; a run had one core.", ""]))
 
@@ -430,15 +445,21 @@ def draw_learning(pyplot, results: list[dict]):
 
 
 def draw_hacking(pyplot, results: list[dict]):
-    """What the model says about its pictures, what they show, and what it says about true ones, two settings."""
-    figure, axes = pyplot.subplots(1, 2 * len(MODELS), figsize=(9, 2.6), sharey=True)
-    pairs = [(model, name) for model in MODELS for name in ("sft", "sft, answers trained")]
-    for axis, (model, name) in zip(axes, pairs):
-        for result in of_cell(results, model, name).values():
-            for column, (label, color) in enumerate((("detector", "#2b6cd9"), ("own pictures understood", "#d9822b"),
-                                                     ("true pictures understood", "#3a9d5d")), 1):
-                axis.plot(*zip(*held_out_curve(result, column)), color=color, linewidth=0.9, label=label)
-        axis.set(title=f"{TITLES[model]}\n{NAMES[name]}", xlabel="steps", ylim=(0, 1.03))
+    """What the tiny Show-o says about its pictures, what they show, and what it says about true ones: two settings, and what
+    becomes of them when the answers are trained hard. A line a seed; a cross where the gauge warns."""
+    names = ("grpo", "broken", "sft", "sft, answers trained")
+    colors = {"detector": "#2b6cd9", "self-reward": "#d9822b", "true pictures": "#3a9d5d"}
+    figure, axes = pyplot.subplots(1, len(names), figsize=(9, 2.7), sharey=True)
+    for axis, name in zip(axes, names):
+        for result in of_cell(results, "tiny-show-o", name).values():
+            curves = {label: held_out_curve(result, column) for column, label in enumerate(colors, 1)}
+            for label, color in colors.items():
+                axis.plot(*zip(*curves[label]), color=color, linewidth=0.9, label=label)
+            for i, (step, value) in enumerate(curves["true pictures"]):
+                before, now = ({label: curves[label][at][1] for label in colors} for at in (0, i))
+                if falls(before, now, ({label: 240 for label in colors},) * 2, 0.02):
+                    axis.plot(step, value, "x", color="#d03030", markersize=5)
+        axis.set(title=f"tiny Show-o\n{NAMES[name]}", xlabel="steps", ylim=(0, 1.03))
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].legend(handles[:3], labels[:3], frameon=False, fontsize=7)
     return figure

@@ -374,7 +374,7 @@ def main() -> None:
         last = step + 1 == args.steps
         if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
             scores, _ = measure("held-out", watch.images)
-            line["held_out"] = watch.compare(scores, step + 1, watch.images)
+            line["held_out"] = watch.gauge(scores, step + 1, watch.images)
             bar.set_postfix_str(watch.text(line["held_out"]))
         if rank == 0:
             watch.line(line)

@@ -4555,7 +4555,7 @@ def test_the_readmes_tables_are_those_of_the_results(tmp_path):
 
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    names = [*ablate.METHODS, "sft, answers trained"]
+    names = [*ablate.METHODS, "broken", "sft, answers trained"]
     runs = [fake_run(name, seed, 0.6 + 0.1 * seed, model) for name in names for seed in range(2) for model in ablate.MODELS]
     ablate.figures({"runs": runs}, tmp_path)
     for name in ("ablation", "learning", "hacking"):

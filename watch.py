@@ -102,7 +102,7 @@ class Watch:
         folder = self.world.pictures and sum(len(files) for _, files in self.world.pictures)
         return {"detector": drawn, "true pictures": folder or drawn}
 
-    def compare(self, scores: dict, step: int, images: int) -> dict:
+    def gauge(self, scores: dict, step: int, images: int) -> dict:
         """What is logged of a measurement; says so where self-reward and what is so have parted."""
         before, now = measures(self.before), measures(scores)
         counts = self.count(self.args.eval_images), self.count(images)
@@ -154,7 +154,7 @@ class Watch:
         """summary.json, after.png, curves.png and the table, with the conditions of the scores and what to do next."""
         args, out = self.args, self.out
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        last = self.compare(after, args.steps, args.eval_images)
+        last = self.gauge(after, args.steps, args.eval_images)
         parted = {line["step"]: line["held_out"]["parted"] for line in lines if line.get("held_out", {}).get("parted")}
         summary = {"model": args.model, "mode": args.mode, "seed": args.seed, "steps": args.steps, "seconds": seconds,
                    "threads": torch.get_num_threads(), "versions": versions(),
