@@ -775,7 +775,8 @@ def main() -> None:
         for part in (seeds[start : start + 16] for start in batches)
     ]
     contact_sheet(np.concatenate(pictures), [f"seed {seed}" for seed in seeds], args.out)
-    print(f"{args.n} images of {args.prompt!r} (guidance {guidance:g}, temperature {args.temperature:g}): {args.out}")
+    print(f"{args.n} images of {args.prompt!r}, guidance {guidance:g}, temperature {args.temperature:g}")
+    print(f"look at {args.out}; then train it: torchrun grpo.py --model {args.model}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ import evaluate as evaluate_module
 import geneval
 import grpo
 import model as model_module
+import report
 import resume
 import reward
 import sample
@@ -4436,12 +4437,12 @@ def test_the_gauge_of_a_real_model_takes_a_detector_and_a_folder(small, scorers,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# ablate.py: many runs, and what is made of them
+# ablate.py and report.py: many runs, and what is made of them
 
 
 def test_students_quantiles():
     """The integral of the density of Student's t from minus to plus each quantile is 0.95."""
-    for freedom, quantile in enumerate(ablate.STUDENT, 1):
+    for freedom, quantile in enumerate(report.STUDENT, 1):
         at = np.linspace(-quantile, quantile, 200_001)
         scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
         density = scale * (1 + at**2 / freedom) ** (-(freedom + 1) / 2)
@@ -4452,10 +4453,10 @@ def test_students_quantiles():
 def test_the_interval_holds_the_mean_in_19_of_20_cases():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(4000):
-        mean, half = ablate.interval(rng.normal(0.3, 0.1, 5))
+        mean, half = report.interval(rng.normal(0.3, 0.1, 5))
         hits += abs(mean - 0.3) <= half
     assert abs(hits / 4000 - 0.95) < 0.012
-    assert math.isnan(ablate.interval([0.1])[1]) and math.isnan(ablate.interval([])[0])
+    assert math.isnan(report.interval([0.1])[1]) and math.isnan(report.interval([])[0])
 
 
 def test_every_ablation_is_a_command_that_its_script_takes():
@@ -4467,7 +4468,7 @@ def test_every_ablation_is_a_command_that_its_script_takes():
         args = script.parse_args(job.command[1:])
         assert args.prompts * args.group == ablate.IMAGES[job.model] and (args.model, args.seed) == (job.model, job.seed)
     for model in ablate.MODELS:
-        named = [name for names in ablate.tables(model).values() for name in names]
+        named = [name for names in report.tables(model).values() for name in names]
         assert set(named) == set(ablate.cells(model)), "every cell stands in a table"
 
 
@@ -4515,7 +4516,7 @@ def test_the_runs_of_the_ablations_can_be_stopped_and_called_again(tmp_path, mon
     assert results()["grpo", 0]["after"]["generation"]["overall"] == 0.75
     ablate.perform_all(jobs, path, runs)
     assert len(calls()) == 6, "nothing is run twice"
-    assert any(" 1 (1 stopped) |" in row for row in ablate.table(list(results().values()), "tiny", ["grpo"]))
+    assert any(" 1 (1 stopped) |" in row for row in report.table(list(results().values()), "tiny", ["grpo"]))
     (tmp_path / "trouble").write_text("ZeroDivisionError: division by zero")
     with user_error("failed: ZeroDivisionError", "seed1.log"):
         ablate.perform_all(ablate.jobs(["tiny"], ["sft"], 2), path, runs)
@@ -4534,19 +4535,19 @@ def test_tables_hold_means_and_intervals():
     """By hand: changes 0.1, 0.2, 0.3 have mean 0.2, deviation 0.1 and so 4.303 x 0.1 / sqrt(3) = 0.248; against the other
     cell, seed by seed, 0.1, 0.1, 0.1."""
     results = [fake_run("grpo", s, 0.6 + 0.1 * s) for s in range(3)] + [fake_run("beta 0", s, 0.7 + 0.1 * s) for s in range(3)]
-    rows = ablate.table(results, "tiny", ["grpo", "beta 0", "beta 0.1"])
+    rows = report.table(results, "tiny", ["grpo", "beta 0", "beta 0.1"])
     assert len(rows) == 4 and "| 3 | 0.500 | +0.200 ± 0.248 |  | +0.000 ± 0.000 | +0.000 ± 0.000 |" in rows[2]
     assert rows[2].endswith("| 2.0 |") and "| +0.300 ± 0.248 | +0.100 ± 0.000 |" in rows[3]
-    assert "| beta 0 | +0.100 ± 0.000 | - |" in ablate.settings_table(results)
-    assert any(row.startswith("| GRPO two-stage | 3 | +0.200 ± 0.248 |") for row in ablate.methods_table(results))
+    assert "| beta 0 | +0.100 ± 0.000 | - |" in report.settings_table(results)
+    assert any(row.startswith("| GRPO two-stage | 3 | +0.200 ± 0.248 |") for row in report.methods_table(results))
 
 
 def test_the_readmes_tables_are_those_of_the_results(tmp_path):
-    """What `ablate.py --report` would write into README.md and figures/ablation.md is what stands there."""
+    """What report.py would write into README.md and figures/ablation.md is what stands there."""
     content = ablate.read_results(ROOT / "figures" / "ablation.json")
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    ablate.write_readme(content, tmp_path / "README.md")
-    ablate.write_tables(content, tmp_path / "ablation.md")
+    report.write_readme(content, tmp_path / "README.md")
+    report.write_tables(content, tmp_path / "ablation.md")
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "ablation.md").read_text() == (ROOT / "figures" / "ablation.md").read_text()
     commands = {(job.model, job.cell, job.seed): " ".join(job.command) for job in ablate.jobs(ablate.MODELS, None, 100)}
@@ -4555,9 +4556,9 @@ def test_the_readmes_tables_are_those_of_the_results(tmp_path):
 
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    names = [*ablate.METHODS, "broken", "sft, answers trained"]
+    names = [*report.METHODS, "broken", "sft, answers trained"]
     runs = [fake_run(name, seed, 0.6 + 0.1 * seed, model) for name in names for seed in range(2) for model in ablate.MODELS]
-    ablate.figures({"runs": runs}, tmp_path)
+    report.figures({"runs": runs}, tmp_path)
     for name in ("ablation", "learning", "hacking"):
         assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
 
