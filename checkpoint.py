@@ -303,6 +303,7 @@ def read_guidance(path: Path, value) -> float:
 
 
 def load_janus(folder: Path, settings: dict, device: str | torch.device, dtype: torch.dtype) -> Janus:
+    """A Janus of a folder in the transformers or the DeepSeek layout, whose config.json holds `settings`."""
     kind = settings["model_type"]
     tensors = read_tensors(folder)
     try:

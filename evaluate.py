@@ -545,7 +545,7 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def finish(args, world: World, folder: Path, pictures: list, records: list[dict]) -> None:
+def finish(args: argparse.Namespace, world: World, folder: Path, pictures: list, records: list[dict]) -> None:
     """results.json, report.png and the table, with the conditions of the scores.
 
     Raises:

@@ -186,7 +186,9 @@ class Detector:
             for classes, masks in zip(out.class_queries_logits, out.masks_queries_logits)
         ]
 
-    def colored(self, images, metadata, found: list[list[Detection]]) -> list[list[Detection]]:
+    def colored(
+        self, images: Sequence[np.ndarray], metadata: Sequence[dict], found: list[list[Detection]]
+    ) -> list[list[Detection]]:
         """The same detections, with the colors of those that a prompt asks for: each one's crop, gray outside its mask,
         against CLIP's embeddings of the ten color words."""
         wanted = []  # (image, index of the detection in it)
@@ -234,7 +236,7 @@ def load_detector(detector: str = DETECTOR, clip: str = CLIP, device: str | torc
         UserError: where one is not at hand (saying what to download), not of its kind, or lacks a tensor.
     """
 
-    def read(kind, name: str, flag: str):
+    def read(kind: type, name: str, flag: str):
         folder = Path(name)
         if not folder.is_dir():
             if folder.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

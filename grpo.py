@@ -141,7 +141,9 @@ class Rollout:
     first: dict[str, Tensor] = field(default_factory=dict, init=False)  # log-probs of the step's first training pass
 
 
-def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args) -> Rollout:
+def roll_out(
+    policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args: argparse.Namespace
+) -> Rollout:
     """An image by the policy for every task, and the judge's answer about each image."""
     prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
     images = sample_images(policy, prompts, seeds, args.guidance, args.temperature, not args.no_compile)
@@ -166,7 +168,7 @@ def self_reward(judge: UnifiedModel, rollout: Rollout, vocabulary: Vocabulary, k
 
 
 def trajectory_scores(
-    model: UnifiedModel, judge: UnifiedModel, rollout: Rollout, args
+    model: UnifiedModel, judge: UnifiedModel, rollout: Rollout, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of a rollout, teacher-forced: log-probs and entropies [B, N] of its image codes, and log-probs [B, A] of its answer
     tokens. End-to-end the answers' gradient reaches the image's logits through the picture."""
@@ -185,7 +187,7 @@ def trajectory_scores(
 
 
 def objective(
-    policy: UnifiedModel, judge: UnifiedModel, rollout: Rollout, advantages: Tensor, args
+    policy: UnifiedModel, judge: UnifiedModel, rollout: Rollout, advantages: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, dict]:
     """The loss summed over these trajectories, and sums over them of what is logged."""
     logprobs, entropy, answer_logprobs = trajectory_scores(policy, judge, rollout, args)
@@ -228,7 +230,7 @@ def proximal(
     return old, importance(old, sampled, cap)
 
 
-def score_by_reference(reference: UnifiedModel, rollout: Rollout, args) -> None:
+def score_by_reference(reference: UnifiedModel, rollout: Rollout, args: argparse.Namespace) -> None:
     """Adds the reference's log-probs of the rollout's tokens."""
     with torch.no_grad():
         rollout.reference_images, _, rollout.reference_answers = trajectory_scores(reference, reference, rollout, args)

@@ -143,7 +143,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, past, slots) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+Cache = tuple[Tensor, Tensor] | None  # a layer's keys and values
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, past: Cache, slots: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Attention [B, T, H * d] of queries [B, H, T, d] over keys and values [B, Hkv, T, d] (which come back as well), or
     over those of `past` and these: `past` is a cache, into whose columns `slots` [T] they are written, and of which as
     many columns are read as `mask` has; or, without `slots`, what stands before them."""
@@ -182,7 +187,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(width, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = Linear(self.heads * self.head_dim, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Cache, slots: Tensor | None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, Hkv, T, d]
@@ -212,7 +217,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Cache, slots: Tensor | None):
         """The next x, and this layer's keys and values of the tokens."""
         seen, own = self.self_attn(self.input_layernorm(x), cos, sin, mask, past, slots)
         x = x + seen
@@ -293,7 +298,7 @@ class PhiAttention(nn.Module):
         self.k_proj, self.v_proj = Linear(width, kv_width), Linear(width, kv_width)
         self.q_layernorm, self.k_layernorm = (LayerNorm(self.head_dim, config.layer_norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Cache, slots: Tensor | None):
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)  # [B, H, T, d]
         d = cos.shape[-1]
@@ -325,7 +330,7 @@ class PhiLayer(nn.Module):
         self.input_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn, self.mlp = PhiAttention(config), PhiMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past, slots):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: Cache, slots: Tensor | None):
         h = self.input_layernorm(x)
         seen, own = self.self_attn(h, cos, sin, mask, past, slots)
         return x + seen + self.mlp(h), own

@@ -100,6 +100,7 @@ def open_run(args: argparse.Namespace, model: UnifiedModel) -> tuple[Path, int]:
 
 
 def begin(args: argparse.Namespace, model: UnifiedModel) -> tuple[Path, int]:
+    """A new folder, with the flags in it; step 0."""
     out = Path(args.out)
     if (out / "args.json").exists():
         raise UserError(f"{out} already holds a run: give another --out, or go on with --resume {out}")
@@ -114,6 +115,7 @@ def begin(args: argparse.Namespace, model: UnifiedModel) -> tuple[Path, int]:
 
 
 def go_on(args: argparse.Namespace, model: UnifiedModel) -> tuple[Path, int]:
+    """The run's folder, cleared of what came after its last whole checkpoint; that one's step."""
     out = Path(args.out)
     start = last_whole(out)
     finished = out / "summary.json"

@@ -119,7 +119,9 @@ class Kept:
     steps: Tensor  # [N], when each code was drawn
 
 
-def roll_out(policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args) -> Rollout:
+def roll_out(
+    policy: UnifiedModel, judge: UnifiedModel, tasks: list[Task], seeds: list[int], args: argparse.Namespace
+) -> Rollout:
     """An image by the policy for every task, and the judge's answer about each image."""
     prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
     images = sample_images(policy, prompts, seeds, args.guidance, args.temperature, not args.no_compile)
@@ -140,7 +142,9 @@ def answer_loss(model: UnifiedModel, rollout: Rollout, seen: Tensor) -> Tensor:
     return trajectory_mean(-token_logprobs(logits, ids), mask)
 
 
-def replay_loss(policy: UnifiedModel, kept: list[Kept], empty: Tensor, seeds: list[int], args) -> Tensor:
+def replay_loss(
+    policy: UnifiedModel, kept: list[Kept], empty: Tensor, seeds: list[int], args: argparse.Namespace
+) -> Tensor:
     """Cross-entropy [B] of replayed pictures' codes given their prompts, or guidance's empty one where `empty`. The
     seeds choose what is scored of a Show-o's."""
     ids, mask = policy.generation_prompt([picture.prompt for picture in kept])
@@ -155,7 +159,7 @@ def replay_loss(policy: UnifiedModel, kept: list[Kept], empty: Tensor, seeds: li
 
 def objective(
     policy: UnifiedModel, judge: UnifiedModel, reference: UnifiedModel, rollout: Rollout, replay: list[Kept],
-    empty: Tensor, args,
+    empty: Tensor, args: argparse.Namespace,
 ) -> tuple[Tensor, dict]:
     """The loss summed over these trajectories, and sums over them of what is logged."""
     images, sampled = rollout.images, rollout.images.logprobs

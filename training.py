@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def make_optimizer(model: UnifiedModel, args: argparse.Namespace) -> torch.optim
 # One optimizer step over all ranks
 
 
-def take(batch, rows: slice):
+def take(batch: object, rows: slice) -> object:
     """The same dataclass with these rows of every tensor, list and dataclass in it."""
 
     def part(value):
@@ -188,7 +189,8 @@ def clip_gradients(groups: list[dict], limit: float) -> float:
 
 
 def update(
-    optimizer: torch.optim.Optimizer, objectives: Sequence[Callable], count: int, lr: float, max_grad_norm: float, compute,
+    optimizer: torch.optim.Optimizer, objectives: Sequence[Callable], count: int, lr: float, max_grad_norm: float,
+    compute: AbstractContextManager,
 ) -> dict[str, float]:
     """One optimizer step on all ranks' `count` trajectories, accumulated over micro-batches. Each objective is called
     under `compute` and gives its loss summed over its trajectories, and sums over them of what is logged; the means of

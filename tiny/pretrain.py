@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return centres
 
 
-def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
+def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log: Callable) -> None:
     """Reconstruction, first of unquantised latents (a quarter of the steps), then through codes, straight-through.
 
     Group norm and attention let every latent see the whole picture, so that the same patch gets a dozen codes, and a
@@ -148,7 +149,7 @@ def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log) -> None:
             log(stage="image tokenizer", step=step + 1, loss=loss.item(), **judge_image_tokenizer(vq))
 
 
-def train_lookup_free_tokenizer(vq: MAGVITv2, steps: int, seed: int, log) -> None:
+def train_lookup_free_tokenizer(vq: MAGVITv2, steps: int, seed: int, log: Callable) -> None:
     """The same for Show-o's: reconstruction of tanh(latents) for a fifth of the steps, then straight through their
     signs, those of each group of equal patches' mean, to which their latents are pulled. Over the groups of a batch every
     bit is to be 1 as often as -1, and bits are to be independent: the entropy term of lookup-free quantisation."""
@@ -367,7 +368,7 @@ def learning_rate(step: int, args) -> float:
     return (0.5 if noisy else 1.0) * args.lr * min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / length))
 
 
-def train_model(model: UnifiedModel, args, state: Path, log) -> None:
+def train_model(model: UnifiedModel, args: argparse.Namespace, state: Path, log: Callable) -> None:
     """Both directions together, for `args.steps` steps; its state goes into `state` every 200 steps."""
     probe = torch.nn.Linear(CONFIG["text_config"]["hidden_size"], 1 + len(GLYPHS) * len(PALETTE))
     weights = [p for name, p in model.named_parameters() if not name.startswith("vqmodel.")] + list(probe.parameters())
@@ -405,7 +406,7 @@ def train_model(model: UnifiedModel, args, state: Path, log) -> None:
             tqdm.write(table({"guided": scores}))
 
 
-def new_model(args, work: Path, log) -> UnifiedModel:
+def new_model(args: argparse.Namespace, work: Path, log: Callable) -> UnifiedModel:
     """Random weights around an image tokenizer, which is trained first unless an earlier call did."""
     torch.manual_seed(args.seed)
     if args.model == "janus":
