@@ -1,6 +1,7 @@
 """Tables and figures of what ablate.py measured, from figures/ablation.json alone.
 
-    python report.py                 # needs matplotlib for the figures, and for nothing else
+    python report.py                                       # needs matplotlib for the figures, and for nothing else
+    python report.py --pair tiny runs/grpo/step_000080     # front.png: what a run changed, prompt by prompt
 
 Writes, beside the results,
 
@@ -21,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from ablate import HERE, IMAGES, MODELS, cells, read_results
-from evaluate import write_whole
+from checkpoint import load
+from evaluate import draw, picture, score_images, world_of, write_whole
 from model import UserError
-from reward import TAGS
-from sample import run
+from reward import TAGS, geneval_metadata
+from sample import contact_sheet, run, to_uint8
 from watch import falls
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,14 +283,38 @@ def draw_hacking(pyplot, results: list[dict]):
     return figure
 
 
+def draw_pair(names: Sequence[str], path: Path, each: int = 4) -> None:
+    """Pictures of the first `each` held-out prompts of every category by two models, from the same seeds, framed and boxed
+    as in evaluate.py's report: a row of the first one's, below it the second one's of the same prompts, and again."""
+    rows = []  # of each model: (picture, caption)
+    for name, when in zip(names, ("before", "after")):
+        model = load(name)
+        world = world_of(model)
+        if not world.detect:
+            raise UserError(f"--pair {name}: has no world with a detector; give tiny models")
+        prompts = {task.prompt: index for index, task in reversed(list(enumerate(world.suite)))}  # each prompt once
+        chosen = [index for tag in TAGS for index in sorted(i for i in prompts.values() if world.suite[i].tag == tag)[:each]]
+        seen = model.see(draw(model, world, [(index, 0, index) for index in chosen], model.guidance, 1.0, False))
+        lines = [geneval_metadata(world.suite[index]) for index in chosen]
+        records = score_images(model, world, lines, to_uint8(model.show(seen)), seen, chosen)
+        rows.append([(picture(r, 144), f"{when}: {r['prompt'].removeprefix('a photo of ')}\nsays: {r['answer']}") for r in records])
+    columns = math.ceil(len(rows[0]) / 2)
+    cells = [cell for at in range(0, len(rows[0]), columns) for row in rows for cell in row[at : at + columns]]
+    contact_sheet(np.stack([image for image, _ in cells]), [caption for _, caption in cells], path, columns)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="tables and figures of the ablations", allow_abbrev=False)
     parser.add_argument("--results", default=str(HERE / "figures" / "ablation.json"), help="(default: figures/ablation.json)")
+    parser.add_argument("--pair", nargs=2, metavar="MODEL", help="draw front.png of two models instead: before, after")
     args = parser.parse_args()
     path = Path(args.results)
+    if args.pair:
+        draw_pair(args.pair, path.parent / "front.png")
+        return print(f"look at {path.parent}/front.png: {args.pair[0]} above, {args.pair[1]} below")
     content = read_results(path)
     write_tables(content, path.with_suffix(".md"))
     if path.parent == HERE / "figures":
