@@ -4554,6 +4554,25 @@ def test_the_readmes_tables_are_those_of_the_results(tmp_path):
     assert all(commands[r["model"], r["cell"], r["seed"]] == r["command"] for r in content["runs"])
 
 
+def test_a_pair_is_of_the_same_prompts_and_seeds(small, tmp_path, monkeypatch):
+    """Rows in turn of the first model's and of the second one's pictures, of the same prompts: equal where they are one
+    model, and else not."""
+    sheets = []
+    monkeypatch.setattr(report, "contact_sheet", lambda *sheet: sheets.append(sheet))
+    for other in ("tiny", small):
+        report.draw_pair(["tiny", other], tmp_path / "pair.png", each=2)
+    for (images, captions, _, columns), same in zip(sheets, (True, False)):
+        assert len(images) == len(captions) == 4 * columns == 24
+        for top in (0, 2 * columns):
+            before, after = (slice(top + at, top + at + columns) for at in (0, columns))
+            prompts = [[text.split("\n")[0].split(": ")[1] for text in captions[part]] for part in (before, after)]
+            assert prompts[0] == prompts[1] and len(set(prompts[0])) == columns
+            assert np.array_equal(images[before], images[after]) == same
+    save(small_janus(), tmp_path / "real")
+    with user_error("has no world with a detector"):
+        report.draw_pair(["tiny", str(tmp_path / "real")], tmp_path / "pair.png")
+
+
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     names = [*report.METHODS, "broken", "sft, answers trained"]
