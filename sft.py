@@ -223,7 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--true-images", metavar="FOLDER",
         help="true pictures in GenEval's layout, to measure understanding on (default: the tiny world draws its own)")
     add("--gap-margin", type=non_negative(float), default=0.02,
-        help="fall of detector's score or understanding that warns while self-reward rises (default: 0.02)")
+        help="fall of detector's score or understanding that warns if self-reward does not fall (default: 0.02)")
     add("--stop-on-gap", action=argparse.BooleanOptionalAction, help="save and stop then (default: warn)")
     add("--tensorboard", action="store_true", help="metrics and sheets for TensorBoard, too, where it is installed")
     add = parser.add_argument_group("sampling").add_argument

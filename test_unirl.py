@@ -4318,7 +4318,8 @@ def gauge(self_reward, detector, true_pictures):
     ((0.6, 0.3, 1.0), 240, 0.02, ["detector"]),
     ((0.6, 0.5, 0.95), 240, 0.02, ["true pictures"]),
     ((0.6, 0.3, 0.9), 240, 0.02, ["detector", "true pictures"]),
-    ((0.5, 0.3, 0.9), 240, 0.02, []),  # worse, but it knows
+    ((0.5, 0.3, 0.9), 240, 0.02, ["detector", "true pictures"]),  # it does not notice
+    ((0.3, 0.3, 0.9), 240, 0.02, []),  # worse, but it knows
     ((0.6, 0.45, 1.0), 240, 0.02, []),  # within two standard errors: 2 sqrt(0.25 / 720 + 0.2475 / 240) = 0.074
     ((0.6, 0.42, 1.0), 240, 0.02, ["detector"]),
     ((0.6, 0.42, 1.0), 240, 0.1, []),  # within the margin
@@ -4326,10 +4327,10 @@ def gauge(self_reward, detector, true_pictures):
     ((0.6, None, 0.95), 240, 0.02, ["true pictures"]),  # no detector
     ((0.6, None, None), 240, 0.02, []),
 ])
-def test_what_fell_while_the_self_reward_rose(now, images, margin, expected):
+def test_what_fell_while_the_self_reward_did_not(now, images, margin, expected):
     before = gauge(0.5, 0.5, 1.0)
     before = {name: None if value is None else before[name] for name, value in gauge(*now).items()}
-    counts = [{"detector": n, "true pictures": n} for n in (720, images)]
+    counts = [dict.fromkeys(gauge(0, 0, 0), n) for n in (720, images)]
     assert watch.falls(before, gauge(*now), counts, margin) == expected
 
 
@@ -4337,7 +4338,7 @@ def test_chance_alone_is_seldom_called_a_gap():
     """Two samples of pictures of one and the same model differ by more than two standard errors downwards in about 2.3 %
     of the cases (the normal distribution's tail), were there no margin at all."""
     rng, false = np.random.default_rng(0), 0
-    counts = [{"detector": n, "true pictures": n} for n in (720, 240)]
+    counts = [dict.fromkeys(gauge(0, 0, 0), n) for n in (720, 240)]
     for _ in range(20_000):
         first, second = rng.binomial(720, 0.5) / 720, rng.binomial(240, 0.5) / 240
         false += bool(watch.falls(gauge(0.5, first, None), gauge(0.6, second, None), counts, 0.0))

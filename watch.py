@@ -7,9 +7,9 @@ set side by side, each a mean over the suite's categories:
     detector        the share of them that the detector calls right, which training never sees
     true pictures   the share of true pictures about which its answers are right: whether it can still see
 
-A model that rewards itself can learn to say the known answer about any picture. Then the first rises while one of the
-others falls; where that one falls by more than --gap-margin and by more than two standard errors, the run says so, and
-with --stop-on-gap saves and ends. In the tiny world both are at hand. For a real model there are the detector of
+A model that rewards itself can learn to say the known answer about any picture. Then the first rises, or stays, while one
+of the others falls. Where one falls by more than --gap-margin and two standard errors and the first does not, the run
+says so, and with --stop-on-gap saves and ends. In the tiny world both are at hand. For a real model there are the detector of
 evaluate.py (--detector) and a folder of true pictures in GenEval's layout (--true-images).
 
 Files in a run's folder: metrics.jsonl (a line a step), samples/ (contact sheets), before.json and before.png (scores of
@@ -67,18 +67,17 @@ def falls(
     before: dict[str, float | None], now: dict[str, float | None], counts: tuple[dict[str, int], dict[str, int]],
     margin: float,
 ) -> list[str]:
-    """The independent measures that fell by more than `margin` and by more than two standard errors (of a difference of
-    shares of `counts` pictures) while the self-reward rose; none where it did not."""
-    if not now["self-reward"] > before["self-reward"]:
-        return []
-    fallen = []
-    for name in ("detector", "true pictures"):
+    """The independent measures that fell while the self-reward did not. To fall is to lose more than `margin` and more than
+    two standard errors (of a difference of shares of `counts` pictures)."""
+
+    def fell(name: str) -> bool:
         shares = before[name], now[name]
-        if None not in shares:
-            error = math.sqrt(sum(share * (1 - share) / count[name] for share, count in zip(shares, counts)))
-            if shares[0] - shares[1] > max(margin, 2 * error):
-                fallen.append(name)
-    return fallen
+        if None in shares:
+            return False
+        error = math.sqrt(sum(share * (1 - share) / count[name] for share, count in zip(shares, counts)))
+        return shares[0] - shares[1] > max(margin, 2 * error)
+
+    return [] if fell("self-reward") else [name for name in ("detector", "true pictures") if fell(name)]
 
 
 class Watch:
@@ -100,7 +99,7 @@ class Watch:
         """How many pictures a measurement looks at."""
         drawn = images * len(self.world.suite)
         folder = self.world.pictures and sum(len(files) for _, files in self.world.pictures)
-        return {"detector": drawn, "true pictures": folder or drawn}
+        return {"self-reward": drawn, "detector": drawn, "true pictures": folder or drawn}
 
     def gauge(self, scores: dict, step: int, images: int) -> dict:
         """What is logged of a measurement; says so where self-reward and what is so have parted."""
@@ -109,7 +108,7 @@ class Watch:
         fallen, self.gap = falls(before, now, counts, self.args.gap_margin), ""
         if fallen:
             change = lambda name: f"{name} {before[name]:.3f} -> {now[name]:.3f}"
-            self.gap = (f"the model believes more than is so: {change('self-reward')}, but "
+            self.gap = (f"what the model says and what is so have parted: {change('self-reward')}, but "
                         f"{', '.join(map(change, fallen))} (held-out prompts, since the start)")
             if self.first:
                 tqdm.write(f"warning: step {step}: {self.gap}. It may be learning to say what the prompt says: look at samples/, try "
