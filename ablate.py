@@ -157,6 +157,7 @@ def record(job: Job, folder: Path) -> dict:
         "images": IMAGES[job.model], **{key: scores(summary[key]) for key in ("before", "after") if key in summary},
         "reward": [short(line["reward"]) for line in lines], "kl": short(lines[-1]["kl_image"]),
         "entropy": [short(lines[at]["entropy_image"]) for at in (0, -1)], "held_out": watched,
+        **({"loss_answer": [short(lines[at]["loss_answer"]) for at in (0, -1)]} if "loss_answer" in lines[0] else {}),
         "seconds": [round(line["seconds"], 2) for line in lines],
     }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ablate import HERE, IMAGES, MODELS, cells, read_results
+from ablate import HERE, IMAGES, MODELS, SEEDS, cells, read_results
 from checkpoint import load
 from evaluate import draw, picture, score_images, world_of, write_whole
 from model import UserError
@@ -142,6 +142,8 @@ def settings_table(results: list[dict]) -> list[str]:
                     row.append(f"{ends[0][0]:.3f} → {ends[1][0]:.3f} ± {ends[1][1]:.3f}")
                 else:
                     row.append(signed(pairs) if name in names[model] else "")
+                if found and len(found) != SEEDS:
+                    row[-1] += f" ({len(found)} seeds)"
             rows.append(f"| {NAMES.get(name, name)} | {' | '.join(row)} |")
     return rows
 

@@ -4539,7 +4539,7 @@ def test_tables_hold_means_and_intervals():
     rows = report.table(results, "tiny", ["grpo", "beta 0", "beta 0.1"])
     assert len(rows) == 4 and "| 3 | 0.500 | +0.200 ± 0.248 |  | +0.000 ± 0.000 | +0.000 ± 0.000 |" in rows[2]
     assert rows[2].endswith("| 2.0 |") and "| +0.300 ± 0.248 | +0.100 ± 0.000 |" in rows[3]
-    assert "| beta 0 | +0.100 ± 0.000 | - |" in report.settings_table(results)
+    assert "| beta 0 | +0.100 ± 0.000 (3 seeds) | - |" in report.settings_table(results)
     assert any(row.startswith("| GRPO two-stage | 3 | +0.200 ± 0.248 |") for row in report.methods_table(results))
 
 
