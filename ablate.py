@@ -3,10 +3,10 @@
     python ablate.py                                     # what is missing of all the runs, one on each core; hours
     python ablate.py --models tiny --cells grpo sft --seeds 2
 
-A run is a call of grpo.py or sft.py on one core, with the flags that stand in figures/ablation.json beside its result; it
-is much shorter than the scripts' defaults, so that all of them fit an evening. A run that was cut off goes on from its
-checkpoint. Results are in figures/ablation.json, one line a run, with versions and machine; what is there is not run again.
-report.py makes the tables and figures of it.
+A run is a call of grpo.py or sft.py on one core, with the flags that stand in figures/ablation.json beside its result.
+Most are much shorter than the scripts' defaults, so that all of them fit an evening; the "full" ones are these defaults.
+A run that was cut off goes on from its checkpoint. Results are in figures/ablation.json, one line a run, with the versions
+that made it; what is there is not run again. report.py makes the tables and figures of it.
 """
 
 import argparse
@@ -31,8 +31,7 @@ from sample import ShortHelp, positive, run
 HERE = Path(__file__).parent
 MODELS = ("tiny", "tiny-show-o")
 SEEDS = 5
-# Images a step, and what all runs of a model have in common.
-IMAGES = {"tiny": 96, "tiny-show-o": 96}
+IMAGES = 96  # a step, of all runs but the full ones
 COMMON = {"tiny": "--steps 30 --warmup 2 --eval-images 2", "tiny-show-o": "--steps 16 --warmup 2 --eval-images 2"}
 LR = {"tiny": "1.2e-4", "tiny-show-o": "6e-4"}  # of GRPO; a shorter run wants another one than a long one
 WATCHED = ("grpo", "grpo end-to-end", "sft", "sft end-to-end", "sft, answers trained", "broken")  # measured on the way, too
@@ -42,14 +41,13 @@ WATCHED = ("grpo", "grpo end-to-end", "sft", "sft end-to-end", "sft, answers tra
 
 
 def cells(model: str) -> dict[str, tuple[str, str]]:
-    """Of every setting the script and the flags besides COMMON."""
-    images = IMAGES[model]
+    """Of every setting the script and the flags besides COMMON, which the "full" ones go without."""
 
     def grpo(flags: str = "", group: int = 12) -> tuple[str, str]:
-        return "grpo.py", f"--prompts {images // group} --group {group} --lr {LR[model]} {flags}"
+        return "grpo.py", f"--prompts {IMAGES // group} --group {group} --lr {LR[model]} {flags}"
 
     def sft(flags: str = "") -> tuple[str, str]:
-        return "sft.py", f"--prompts {images} --lr 2e-4 {flags}"
+        return "sft.py", f"--prompts {IMAGES} --lr 2e-4 {flags}"
 
     # Where guidance is off, its log-probabilities are one; so a Show-o's are compared at w = 1.
     guided = "" if model == "tiny" else "--guidance 1"
@@ -73,6 +71,10 @@ def cells(model: str) -> dict[str, tuple[str, str]]:
         "group 16": grpo(group=16),
         **({"guidance 2": grpo("--guidance 2"), "guidance 5": grpo("--guidance 5")} if model == "tiny" else
            {"guidance 2": grpo("--guidance 2")}),
+        "full grpo": ("grpo.py", ""),
+        "full sft": ("sft.py", ""),
+        "full grpo end-to-end": ("grpo.py", "--mode end-to-end"),
+        "full sft end-to-end": ("sft.py", "--mode end-to-end"),
     }
 
 
@@ -85,29 +87,41 @@ class Job:
     seed: int
 
     @property
+    def full(self) -> bool:
+        """Whether the run is of the length that its script has by default."""
+        return self.cell.startswith("full ")
+
+    @property
     def folder(self) -> str:
         return f"{self.model}/{self.cell.replace(', ', '-').replace(' ', '-')}/seed{self.seed}"
 
     @property
     def command(self) -> list[str]:
         script, flags = cells(self.model)[self.cell]
-        watch = 5 if self.cell in WATCHED else 0
-        return [script, *shlex.split(f"--model {self.model} {COMMON[self.model]} {flags} --eval-every {watch} "
-                                     f"--seed {self.seed}")]
+        if not self.full:
+            flags = f"{COMMON[self.model]} {flags} --eval-every {5 if self.cell in WATCHED else 0}"
+        return [script, *shlex.split(f"--model {self.model} {flags} --seed {self.seed}")]
 
 
 def perform(job: Job, runs: Path, cores: queue.Queue) -> dict | None:
     """Runs the job on a core of its own, from its checkpoint if it was begun before; the result, or None where it was
     interrupted."""
-    folder, core = runs / job.folder, cores.get()
-    start = runs / job.model / f"start-{guidance_of(job)}"  # the same for all runs that begin there: measured once
+    folder = runs / job.folder
+    begun = Path(f"{folder}.command")
+    if begun.exists() and begun.read_text() != " ".join(job.command):
+        raise UserError(f"{folder} was begun with other flags; give another --runs")
+    if (folder / "summary.json").exists():  # it ended, but its result was not written down
+        return record(job, folder)
+    start = runs / job.model / f"start-{start_of(job)}"  # the same for all runs that begin there: measured once
     if not (folder / "args.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
+        begun.write_text(" ".join(job.command))
         if (start / "before.json").exists():
             shutil.copytree(start, folder, dirs_exist_ok=True)
         command = [*job.command, "--out", str(folder)]
     else:
         command = [job.command[0], "--resume", str(folder)]
+    core = cores.get()
     pin = (lambda: os.sched_setaffinity(0, {core})) if hasattr(os, "sched_setaffinity") else None
     with open(f"{folder}.log", "ab") as log:
         done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=log,
@@ -116,7 +130,7 @@ def perform(job: Job, runs: Path, cores: queue.Queue) -> dict | None:
     if (folder / "summary.json").exists():
         if not start.exists():
             fresh = start.with_name(f"{start.name}.partial{core}")
-            fresh.mkdir()
+            fresh.mkdir(exist_ok=True)
             for name in ("before.png", "before.json"):
                 shutil.copy(folder / name, fresh)
             fresh.rename(start) if not start.exists() else shutil.rmtree(fresh)
@@ -124,14 +138,16 @@ def perform(job: Job, runs: Path, cores: queue.Queue) -> dict | None:
         return record(job, folder)
     if done.returncode in (0, 130, -2, -15):  # it was told to stop
         return None
-    last = Path(f"{folder}.log").read_text(errors="replace").strip().splitlines()[-1]
+    last = ["it said nothing", *Path(f"{folder}.log").read_text(errors="replace").strip().splitlines()][-1]
     if not last.startswith("error: stopped at step"):
         raise UserError(f"{' '.join(command)} failed: {last} ({folder}.log)")
     return {**record(job, folder), "stopped": last.removeprefix("error: ")}
 
 
-def guidance_of(job: Job) -> str:
-    """The guidance that the run asks for, or "default"."""
+def start_of(job: Job) -> str:
+    """What the scores of the start depend on: the guidance that is asked for, and how many pictures are drawn."""
+    if job.full:
+        return "full"
     return job.command[job.command.index("--guidance") + 1] if "--guidance" in job.command else "default"
 
 
@@ -143,6 +159,7 @@ def record(job: Job, folder: Path) -> dict:
     """What is kept of a run."""
     lines, path = metrics(folder), folder / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {"before": json.loads((folder / "before.json").read_text())}
+    args = json.loads((folder / "args.json").read_text())
     short = lambda value: None if value is None else round(value, 4)
 
     def scores(s: dict) -> dict:
@@ -153,8 +170,8 @@ def record(job: Job, folder: Path) -> dict:
     watched = [(line["step"], *(short(line["held_out"][k]) for k in ("detector", "self_reward", "true_pictures")))
                for line in lines if "held_out" in line]
     return {
-        "model": job.model, "cell": job.cell, "seed": job.seed, "command": " ".join(job.command),
-        "images": IMAGES[job.model], **{key: scores(summary[key]) for key in ("before", "after") if key in summary},
+        "model": job.model, "cell": job.cell, "seed": job.seed, "command": " ".join(job.command), "versions": versions(),
+        "images": args["prompts"] * args["group"], **{key: scores(summary[key]) for key in ("before", "after") if key in summary},
         "reward": [short(line["reward"]) for line in lines], "kl": short(lines[-1]["kl_image"]),
         "entropy": [short(lines[at]["entropy_image"]) for at in (0, -1)], "held_out": watched,
         **({"loss_answer": [short(lines[at]["loss_answer"]) for at in (0, -1)]} if "loss_answer" in lines[0] else {}),
@@ -164,22 +181,25 @@ def record(job: Job, folder: Path) -> dict:
 
 def read_results(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: holds no results ({error})") from None
+    if not isinstance(content, dict) or not content.keys() >= {"common", "runs"}:
+        raise UserError(f"{path}: holds no results of ablate.py")
+    return content
 
 
 def write_results(path: Path, results: list[dict]) -> None:
-    """The results, a line each, after what they were made with."""
-    order = {job: i for i, job in enumerate(jobs(MODELS, None, 1000))}
-    results = sorted(results, key=lambda r: order[Job(r["model"], r["cell"], r["seed"])])
-    text = json.dumps({"versions": versions(), "common": COMMON})[:-1]
+    """The results, a line each, by seed, in the order of the cells."""
+    order = list(cells("tiny") | cells("tiny-show-o"))
+    results = sorted(results, key=lambda r: (r["seed"], order.index(r["cell"]), MODELS.index(r["model"])))
+    text = json.dumps({"common": COMMON})[:-1]
     write_whole(path, text + ', "runs": [\n' + ",\n".join(map(json.dumps, results)) + "\n]}\n")
 
 
 def jobs(models: Iterable[str], chosen: Sequence[str] | None, seeds: int) -> list[Job]:
     """All runs, every cell with seed 0 first, so that a stop leaves as even a picture as there can be."""
-    return [Job(model, cell, seed) for seed in range(seeds) for cell in {**cells("tiny"), **cells("tiny-show-o")}
+    return [Job(model, cell, seed) for seed in range(seeds) for cell in cells("tiny") | cells("tiny-show-o")
             for model in models if cell in cells(model) and cell in (chosen or (cell,))]
 
 
@@ -189,7 +209,7 @@ def perform_all(wanted: list[Job], path: Path, runs: Path) -> None:
     known = {(r["model"], r["cell"], r["seed"]): r["command"] for r in results}
     for job in wanted:
         if known.get((job.model, job.cell, job.seed), " ".join(job.command)) != " ".join(job.command):
-            raise UserError(f"{path}: {job.cell} of {job.model} was run with other flags; give another --results")
+            raise UserError(f"{path}: {job.cell} of {job.model} was run with other flags; give another --results and --runs")
     wanted = [job for job in wanted if (job.model, job.cell, job.seed) not in known]
     cores = queue.Queue()
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
@@ -204,7 +224,7 @@ def perform_all(wanted: list[Job], path: Path, runs: Path) -> None:
                     results.append(result)
                     write_results(path, results)
                 bar.update()
-        except BaseException:  # the runs that are on get the same signal and save; the others are not begun
+        except BaseException:  # no other run begins; after Ctrl-C those that are on save, after a fault they run to their end
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -218,12 +238,12 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--cells", nargs="+", metavar="CELL", help=f"of {', '.join({**cells('tiny'), **cells('tiny-show-o')})} (default: all)")
+    add("--cells", nargs="+", metavar="CELL", help=f"of {', '.join(map(repr, cells('tiny') | cells('tiny-show-o')))} (default: all)")
     add("--seeds", type=positive(int), default=SEEDS, help=f"0 to N - 1 (default: {SEEDS})")
     add("--runs", default="runs/ablation", help="where the runs go (default: runs/ablation)")
     add("--results", default=str(HERE / "figures" / "ablation.json"), help="(default: figures/ablation.json)")
     args = parser.parse_args()
-    if unknown := set(args.cells or ()) - {*cells("tiny"), *cells("tiny-show-o")}:
+    if unknown := set(args.cells or ()) - (cells("tiny") | cells("tiny-show-o")).keys():
         parser.error(f"--cells {min(unknown)!r}: there is no such cell")
     path, runs = Path(args.results), Path(args.runs)
     path.parent.mkdir(parents=True, exist_ok=True)

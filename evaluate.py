@@ -25,7 +25,8 @@ held-out prompts, its renderer's true pictures, its detector. Into --out go imag
 
     scores        generation, understanding, imbalance: numbers in [0, 1], or null where something was not measured
     conditions    model, images (the folder), suite (name, prompts, sha256 of its lines), guidance, temperature,
-                  draw_steps (a Show-o's, else null), images_per_prompt, seed, scorer, nothing_found (share of pictures without a detection), versions
+                  draw_steps (a Show-o's, else null), images_per_prompt, seed, scorer, nothing_found (share of pictures
+                  without a detection), versions
     images        a record a picture: index (of its prompt), file, tag, prompt, question, known, drawn, reason,
                   detections (name, score, box, color), answer, answered, answer_about_true, answered_true
 """

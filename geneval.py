@@ -229,8 +229,11 @@ class Detector:
         return self.classifiers[name]
 
 
-def load_detector(detector: str = DETECTOR, clip: str = CLIP, device: str | torch.device = "cpu") -> Detector:
-    """The detector from two folders or hub ids.
+def load_detector(
+    detector: str = DETECTOR, clip: str = CLIP, device: str | torch.device = "cpu",
+    flags: tuple[str, str] = ("--detector", "--clip"),
+) -> Detector:
+    """The detector from two folders or hub ids, which the user gave by these flags.
 
     Raises:
         UserError: where one is not at hand (saying what to download), not of its kind, or lacks a tensor.
@@ -246,7 +249,7 @@ def load_detector(detector: str = DETECTOR, clip: str = CLIP, device: str | torc
             except Exception as error:  # offline, no such repository, no access: a dozen classes
                 raise UserError(
                     f"cannot download {name} from the hub ({type(error).__name__}), which scoring pictures needs; "
-                    f"download it elsewhere and give its folder: {flag} FOLDER (or --detector none, to draw only)"
+                    f"download it elsewhere and give its folder: {flag} FOLDER"
                 ) from None
         try:
             model, info = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
@@ -259,15 +262,15 @@ def load_detector(detector: str = DETECTOR, clip: str = CLIP, device: str | torc
             raise UserError(f"{flag} {folder}: tensor {lacking[0]} is missing or of another shape")
         return model.to(device), folder
 
-    segmenter, folder = read(Mask2FormerForUniversalSegmentation, detector, "--detector")
+    segmenter, folder = read(Mask2FormerForUniversalSegmentation, detector, flags[0])
     names = segmenter.config.id2label
     # The published labels spell some classes otherwise ("aeroplane"), so that only the order of a few can be compared.
     anchors = {0: "person", 5: "bus", 22: "zebra", 53: "pizza", 79: "toothbrush"}
     if len(names) != len(GENEVAL.objects) or any(names[i] not in (name, f"LABEL_{i}") for i, name in anchors.items()):
-        raise UserError(f"--detector {folder}: knows {len(names)} classes, which are not COCO's 80")
-    encoder, folder = read(CLIPModel, clip, "--clip")
+        raise UserError(f"{flags[0]} {folder}: knows {len(names)} classes, which are not COCO's 80")
+    encoder, folder = read(CLIPModel, clip, flags[1])
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     except Exception as error:  # as above
-        raise UserError(f"--clip {folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{flags[1]} {folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from None
     return Detector(segmenter, encoder, tokenizer)

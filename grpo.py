@@ -296,7 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--importance-cap", type=non_negative(float), default=0.0, metavar="C",
         help="weigh tokens by how much likelier the training pass finds them than the sampler, at most C (default: 0, off)")
     add("--epochs", type=positive(int), default=1, help="updates a rollout (default: 1)")
-    add("--image-weight", type=non_negative(float), default=1.0, help="of the image tokens' loss (default: 1)")
+    add("--image-weight", type=non_negative(float), default=1.0, help="of the image tokens' loss, two-stage (default: 1)")
     add("--answer-weight", type=non_negative(float), help="of the answer tokens' loss " + both("answer_weight"))
     add("--tau", type=positive(float), default=1.0, help="of the straight-through Gumbel-softmax (default: 1)")
     add("--picture-clip", type=positive(float), default=1.0,
@@ -320,7 +320,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     args = parser.parse_args(argv)
     if args.resume:
-        args = resumed(parser, args, "grpo.py")
+        args = resumed(parser, argv, "grpo.py")
     if args.group == 1:
         parser.error("--group 1 has nothing to compare: give at least 2")
     if args.image_weight == args.answer_weight == 0:

@@ -10,7 +10,7 @@ Writes, beside the results,
     learning.png    the detector's score against images drawn and against minutes
     hacking.png     settings that fool themselves beside the same ones that do not
 
-and the two tables of README.md. A difference between two settings is taken seed by seed, which gives both the same prompts
+and the tables of README.md. A difference between two settings is taken seed by seed, which gives both the same prompts
 (the same in the first step, that is; what follows depends on what was learned).
 """
 
@@ -47,6 +47,7 @@ def tables(model: str) -> dict[str, list[str]]:
         "Answers trained too (SFT)": ["sft", "sft, answers trained"],
         "Images a prompt, at as many images a step": ["grpo", "group 4", "group 8", "group 16"],
         "Guidance while sampling (scored at the same)": ["grpo", *others],
+        FULL: [f"full {name}" for name in METHODS],
     }
 
 
@@ -57,6 +58,8 @@ NAMES = {  # of cells as the tables say them, where that is not their own name
 }
 METHODS = {"grpo": ("GRPO two-stage", "#2b6cd9"), "sft": ("SFT two-stage", "#3a9d5d"),
            "grpo end-to-end": ("GRPO end-to-end", "#d9822b"), "sft end-to-end": ("SFT end-to-end", "#a04fb5")}
+NAMES |= {f"full {name}": f"{label}, full length" for name, (label, _) in METHODS.items()}
+FULL = "The scripts' own defaults"
 TITLES = {"tiny": "tiny Janus", "tiny-show-o": "tiny Show-o"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +73,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()) if len(values) else math.nan, math.nan
-    return float(values.mean()), STUDENT[len(values) - 2] * float(values.std(ddof=1)) / math.sqrt(len(values))
+    quantile = STUDENT[len(values) - 2] if len(values) < len(STUDENT) + 2 else 1.96
+    return float(values.mean()), quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def of_cell(results: list[dict], model: str, cell: str) -> dict[int, dict]:
@@ -114,21 +118,21 @@ def table(results: list[dict], model: str, names: list[str]) -> list[str]:
     return rows
 
 
-def category_table(results: list[dict], model: str) -> list[str]:
-    """The four methods' changes of the detector's score in each category."""
+def category_table(results: list[dict], model: str, length: str) -> list[str]:
+    """The four methods' changes of the detector's score in each category, in short runs ("") or "full " ones."""
     rows = [f"| | {' | '.join(TAGS)} |", "|---|" + "---|" * len(TAGS)]
     for name, (label, _) in METHODS.items():
-        if found := of_cell(results, model, name).values():
+        if found := of_cell(results, model, length + name).values():
             changes = [signed([r["after"]["generation"][tag] - r["before"]["generation"][tag] for r in found]) for tag in TAGS]
             rows.append(f"| {label} | {' | '.join(changes)} |")
     return rows
 
 
 def settings_table(results: list[dict]) -> list[str]:
-    """The other settings of both models in one table: the change of the detector's score beyond the table's first row,
-    seed by seed, and what stood out."""
+    """The other settings of both models in one table: the change of the detector's score beyond that of the first cell of
+    their table, seed by seed; of another guidance, which begins elsewhere, the scores at the start and at the end."""
     rows = ["| | tiny Janus | tiny Show-o |", "|---|---|---|"]
-    for title in list(tables("tiny"))[1:]:
+    for title in list(tables("tiny"))[1:-1]:  # without the four methods, which have tables of their own
         rows.append(f"| *{title}* | | |")
         names = {model: tables(model)[title] for model in MODELS}
         for name in dict.fromkeys(name for model in MODELS for name in names[model][1:]):
@@ -136,10 +140,9 @@ def settings_table(results: list[dict]) -> list[str]:
             for model in MODELS:
                 first, found = of_cell(results, model, names[model][0]), of_cell(results, model, name)
                 pairs = [change(r, "detector") - change(first[seed], "detector") for seed, r in found.items() if seed in first]
-                starts = {s["before"]["generation"]["overall"] for s in (*first.values(), *found.values())}
-                if len(starts) > 1:  # another guidance begins elsewhere
-                    ends = [interval([r[when]["generation"]["overall"] for r in found.values()]) for when in ("before", "after")]
-                    row.append(f"{ends[0][0]:.3f} → {ends[1][0]:.3f} ± {ends[1][1]:.3f}")
+                if name.startswith("guidance") and found:
+                    before, after = ([r[when]["generation"]["overall"] for r in found.values()] for when in ("before", "after"))
+                    row.append(f"{np.mean(before):.3f} → {signed(after).removeprefix('+')}")
                 else:
                     row.append(signed(pairs) if name in names[model] else "")
                 if found and len(found) != SEEDS:
@@ -149,29 +152,33 @@ def settings_table(results: list[dict]) -> list[str]:
 
 
 def write_readme(content: dict, path: Path) -> None:
-    """Puts the two tables of README.md between their marks."""
+    """Puts the tables of README.md between their marks."""
     results, text = content["runs"], path.read_text()
-    for mark, lines in (("methods", methods_table(results)), ("settings", settings_table(results))):
+    marked = {"full": methods_table(results, "full "), "methods": methods_table(results), "settings": settings_table(results)}
+    for mark, lines in marked.items():
         start, end = f"<!-- {mark}: written by report.py -->\n", f"<!-- end of {mark} -->"
+        if start not in text or end not in text:
+            raise UserError(f"{path}: lacks the marks between which the table of {mark} goes")
         before, rest = text.split(start)
         text = before + start + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
     write_whole(path, text)
 
 
-def methods_table(results: list[dict]) -> list[str]:
-    """The four methods on both models: the scores at the start, and their changes."""
+def methods_table(results: list[dict], length: str = "") -> list[str]:
+    """The four methods on both models, runs as short as the other settings' or "full " ones: the scores at the start, and
+    their changes."""
     keys = ("detector", "own_images", "ground_truth", "disagreement")
     rows = ["| | seeds | detector | own pictures understood | true pictures understood | the two disagree | minutes |",
             "|---|---|---|---|---|---|---|"]
     for model in MODELS:
-        start = of_cell(results, model, "grpo")
+        start = of_cell(results, model, f"{length}grpo")
         if not start:
             continue
         scores = next(iter(start.values()))["before"]
         values = [scores["generation"]["overall"], *(scores[key] for key in keys[1:])]
         rows.append(f"| **{TITLES[model]}**, start | | {' | '.join(f'{value:.3f}' for value in values)} | |")
         for name in METHODS:
-            if found := of_cell(results, model, name):
+            if found := of_cell(results, model, length + name):
                 minutes = np.mean([sum(r["seconds"]) for r in found.values()]) / 60
                 changes = [signed([change(r, key) for r in found.values()]) for key in keys]
                 rows.append(f"| {METHODS[name][0]} | {len(found)} | {' | '.join(changes)} | {minutes:.1f} |")
@@ -180,22 +187,25 @@ def methods_table(results: list[dict]) -> list[str]:
 
 def write_tables(content: dict, path: Path) -> None:
     """All tables of all models."""
+    runs = content["runs"]
+    by_category = lambda length: ["**The detector's score by category, change**", "", *category_table(runs, model, length), ""]
     lines = ["# Ablations on the tiny models", "",
              "Written by `python report.py` from `ablation.json`. Mean over seeds ± half a 95 % confidence interval "
-             "(Student's t); 240 images of 120 held-out prompts before and after. Minutes are those of the training steps, on "
-             "one core.", ""]
+             "(Student's t); scores of held-out prompts before and after. Minutes are those of the training steps, on one core.",
+             ""]
     for model in MODELS:
-        lines += [f"## {model}: `{content['common'][model]}`, {IMAGES[model]} images a step", ""]
+        lines += [f"## {TITLES[model]}: `{content['common'][model]}`, {IMAGES} images a step, 240 scored", ""]
         for title, names in tables(model).items():
-            lines += [f"**{title}**", "", *table(content["runs"], model, names), ""]
-        lines += ["**The detector's score by category, change**", "", *category_table(content["runs"], model), ""]
-    made_with = ", ".join(f"{key} {value}" for key, value in content["versions"].items())
-    write_whole(path, "\n".join([*lines, f"Made with {made_with}; a run had one core.", ""]))
+            if title == FULL:
+                lines += by_category("") + [f"## {TITLES[model]}: the scripts' own defaults, 720 scored", ""]
+            lines += [f"**{title}**", "", *table(runs, model, names), ""]
+        lines += by_category("full ")
+    made_with = dict.fromkeys(", ".join(f"{key} {value}" for key, value in r["versions"].items()) for r in runs)
+    write_whole(path, "\n".join([*lines, f"Made with {'; '.join(made_with)}; a run had one core.", ""]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
-
 
 
 def figures(content: dict, folder: Path) -> None:
@@ -230,7 +240,7 @@ def draw_cells(pyplot, results: list[dict]):
             axis.axvline(interval([change(r, "detector") for r in of_cell(results, model, "grpo").values()])[0],
                          color="#2b6cd9", linewidth=0.6, linestyle=":")
         axis.axvline(0, color="#999999", linewidth=0.6)
-        axis.set(yticks=range(len(names)), yticklabels=names, title=TITLES[model], xlabel="change of the detector's score")
+        axis.set(yticks=range(len(names)), yticklabels=[NAMES.get(name, name) for name in names], title=TITLES[model], xlabel="change of the detector's score")
         axis.invert_yaxis()
     return figure
 
@@ -281,7 +291,7 @@ def draw_hacking(pyplot, results: list[dict]):
         axis.set(xlabel="steps", ylim=(0, 1.03))
         axis.set_title(NAMES[name], fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].legend(handles[:3], labels[:3], frameon=False, fontsize=7)
+    axes[2].legend(handles[:3], labels[:3], frameon=False, fontsize=7, loc=(0.45, 0.5))
     return figure
 
 

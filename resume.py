@@ -35,7 +35,7 @@ from evaluate import write_json, write_whole
 from model import UnifiedModel, UserError, merged
 from sample import agree
 
-CHANGEABLE = {  # beside --resume
+CHANGEABLE = {  # beside --resume; a mode only where it is the run's own
     "resume", "mode", "steps", "save_every", "keep", "timeout", "max_kl", "entropy", "gap_margin", "stop_on_gap", "tensorboard",
 }
 
@@ -43,22 +43,24 @@ CHANGEABLE = {  # beside --resume
 # The flags of the run that goes on
 
 
-def resumed(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> argparse.Namespace:
+def resumed(parser: argparse.ArgumentParser, argv: list[str] | None, script: str) -> argparse.Namespace:
     """The flags of the run that `--resume` names, checked as if they had been typed, with those of CHANGEABLE that are
-    given; refuses other flags, another script's run, and a mode that is not the run's."""
+    given in `argv`; refuses other flags, another script's run, and a mode that is not the run's."""
+    not_given = object()  # argparse leaves what is set already; so a flag that is given its default shows, too
+    typed = {action.dest: not_given for action in parser._actions if action.dest != "help"}
+    args = argparse.Namespace(**typed)
+    given = {key: value for key, value in vars(parser.parse_args(argv, args)).items() if value is not not_given}
     path = Path(args.resume) / "args.json"
     if not path.exists():
         raise UserError(f"{args.resume}: holds no run of {script} (no args.json)")
     saved = read_json(path)
     if saved.get("script") != script:
         raise UserError(f"{args.resume}: holds a run of {saved.get('script')}; resume it with that")
-    if args.mode not in (None, saved.get("mode")):
+    if given.get("mode", saved.get("mode")) != saved.get("mode"):
         raise UserError(f"{args.resume}: holds a run of --mode {saved.get('mode')}, which cannot go on as {args.mode}")
-    given = {key for key, value in vars(args).items() if value != parser.get_default(key)}
-    if wrong := given - CHANGEABLE:
+    if wrong := given.keys() - CHANGEABLE:
         flags = ", ".join("--" + key.replace("_", "-") for key in sorted(wrong))
         raise UserError(f"--resume goes on with the run's own flags: leave out {flags}")
-    changes = {key: getattr(args, key) for key in given}
 
     def refuse(message: str):
         raise UserError(f"{path}: {message}")
@@ -66,7 +68,7 @@ def resumed(parser: argparse.ArgumentParser, args: argparse.Namespace, script: s
     parser.error = refuse
     run = vars(parser.parse_args(as_flags(parser, saved, refuse)))
     kept = {"tasks_sha256": saved.get("tasks_sha256")}
-    return argparse.Namespace(**{**run, **kept, **changes, "resume": args.resume, "out": args.resume})
+    return argparse.Namespace(**{**run, **kept, **given, "resume": args.resume, "out": args.resume})
 
 
 def as_flags(parser: argparse.ArgumentParser, saved: dict, refuse) -> list[str]:

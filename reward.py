@@ -292,12 +292,12 @@ def _geneval_keys() -> frozenset:
     return frozenset(task_key(task) for task in geneval_suite())
 
 
-def is_geneval_prompt(prompt: str) -> bool:
+def is_geneval_prompt(prompt: str, objects: Collection[str] = ()) -> bool:
     """Whether the text asks for what one of the 553 test prompts asks for, in whatever wording.
 
-    Words outside the lexicon are ignored, so a doubtful prompt counts as a test prompt.
+    Words that are neither in REAL nor among `objects` are ignored, so a doubtful prompt counts as a test prompt.
     """
-    tokens = _read(prompt, REAL)
+    tokens = _read(prompt, replace(REAL, objects=_with(REAL.objects, objects)))
     names = list(dict.fromkeys(token.value for token in tokens if token.kind == "object"))
     counts = {count for count, _ in _numbers(tokens) if count > 1}
     colors = _colors_of(tokens)
@@ -348,7 +348,8 @@ def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable
         colors=_with(vocabulary.colors, (fact["color"] for fact in facts if "color" in fact)))
     for number, task in rows:
         try:
-            if task_key(task) in _geneval_keys() or task_key(task) in exclude:
+            key = task_key(task)
+            if key in exclude or key in _geneval_keys() or is_geneval_prompt(task.prompt, vocabulary.objects):
                 raise ValueError("asks for what a test prompt asks for")
             if score(task.answer, task, vocabulary) != 1:
                 raise ValueError(f"its own answer {task.answer!r} does not state its facts, and would earn nothing")

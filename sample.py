@@ -517,13 +517,10 @@ def step_answer(
     return model.lm_head(hidden[:, 0])
 
 
-compiled_step_answer = torch.compile(step_answer, dynamic=False)
-
-
 @torch.no_grad()
 def sample_answers(
     model: UnifiedModel, image: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
-    temperature: float = 1.0, max_tokens: int = 40, compiled: bool = False,
+    temperature: float = 1.0, max_tokens: int = 40,
 ) -> Answers:
     """An answer to each question about the image (of `see`, or pixels [B, 3, H, W]) of the same index: greedy without
     seeds, else sampled at `temperature`. Ends at the end-of-sentence token or after `max_tokens`."""
@@ -538,7 +535,6 @@ def sample_answers(
     visible = F.pad(mask, (0, max_tokens), value=True)
     alive = torch.ones_like(mask[:, 0])
     tokens, logprobs, masks = [], [], []
-    step = compiled_step_answer if compiled else step_answer
     for t in range(max_tokens):
         if uniforms is None:
             token = logits.argmax(-1)
@@ -551,7 +547,7 @@ def sample_answers(
         alive = alive & (token != end)
         if not alive.any() or t + 1 == max_tokens:
             break
-        logits = step(model, cache, token, torch.tensor([Q + t], device=model.device), position + t, visible)
+        logits = step_answer(model, cache, token, torch.tensor([Q + t], device=model.device), position + t, visible)
     ids, mask = torch.stack(tokens, 1), torch.stack(masks, 1)  # [B, A]
     texts = [model.tokenizer.decode(row[keep], skip_special_tokens=True).strip() for row, keep in zip(ids, mask)]
     return Answers(texts, ids, mask, torch.stack(logprobs, 1))

@@ -272,7 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=positive(float), default=600, help="seconds that ranks wait for another one (default: 600)")
     args = parser.parse_args(argv)
     if args.resume:
-        args = resumed(parser, args, "sft.py")
+        args = resumed(parser, argv, "sft.py")
     if args.caption_dropout > 1:
         parser.error(f"--caption-dropout {args.caption_dropout:g} is not a share: give at most 1")
     if args.image_weight == args.answer_weight == 0:
@@ -385,7 +385,8 @@ def main() -> None:
             bar.set_description(f"sft, self-reward {line['reward']:.2f}")
             if step == 0 or (step + 1) % 25 == 0 or last:
                 watch.sheet(sampler, rollouts, mine, step + 1)
-        health.check(line, means["grad_norm"] == 0 or args.mode == "two-stage" and not buffer, IDLE, rollouts, rank)
+        idle = means["grad_norm"] == 0 or args.mode == "two-stage" and args.image_weight > 0 and not buffer
+        health.check(line, idle, IDLE, rollouts, rank)
         stop = signals.stop()
         fooled = watch.gap if args.stop_on_gap else ""
         if (step + 1) % args.save_every == 0 or last or stop or fooled:

@@ -746,15 +746,6 @@ def test_attention_of_one_query_is_the_librarys(heads, width):
             close(attend(q, k, v, mask)[:, 0], expected, 1e-5)
 
 
-def test_compiled_answers_are_the_eager_ones(janus, monkeypatch):
-    captured = torch.compile(sample.step_answer, dynamic=False, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(sample, "compiled_step_answer", captured)  # without code generation, which takes half a minute
-    pixels = random_pixels(janus, len(QUESTIONS))
-    eager, compiled = (sample_answers(janus, pixels, QUESTIONS, [1, 2, 3], 0.7, 6, compiled) for compiled in (False, True))
-    assert torch.equal(eager.ids, compiled.ids)
-    close(eager.logprobs, compiled.logprobs)
-
-
 def test_detached_and_guided_modes_have_one_value_and_two_gradients(janus):
     images = random_images(janus, PROMPTS)
     guided, detached = (image_logits(janus, images, 5.0, 1.0, mode) for mode in ("guided", "detached"))
@@ -2916,6 +2907,8 @@ FAULTY = [
     ({**OWN[2], "facts": [{"class": "ring", "count": 1}, {"class": "star", "count": 1, "position": [["above"], 0]}]}, "position"),
     ({**OWN[0], "answer": "a ring"}, "would earn nothing"), ({**OWN[0], "answer": "maybe a submarine"}, "would earn nothing"),
     ({"tag": "single_object", "prompt": "my bench", "facts": [{"class": "bench", "count": 1}]}, "test prompt"),
+    ({"tag": "two_object", "prompt": "A black apple and a purple wine glass",  # whatever its facts leave out
+      "facts": [{"class": "apple", "count": 1}, {"class": "wine glass", "count": 1}]}, "test prompt"),
 ]
 
 
@@ -2963,8 +2956,13 @@ def test_resume_takes_the_runs_own_flags(finished, tmp_path, monkeypatch):
     args = grpo.parse_args(["--resume", str(out), "--steps", "9", "--keep", "1"])
     saved = json.loads((finished[0] / "args.json").read_text())
     assert {**saved, "steps": 9, "keep": 1, "out": str(out), "resume": str(out)} == {k: v for k, v in vars(args).items() if k in saved}
-    for wrong, words in ((["--lr", "1"], "leave out --lr"), (["--shard", "--seed", "3"], "leave out --seed, --shard")):
-        with user_error("run's own flags", words):
+    edit_json(out / "args.json", **{**saved, "max_kl": 1.0, "entropy": [0.1, 0.5], "stop_on_gap": True})
+    args = grpo.parse_args(["--resume", str(out), "--max-kl", "10", "--entropy", "0.002", "0.99", "--no-stop-on-gap"])
+    assert (args.max_kl, args.entropy, args.stop_on_gap) == (10, [0.002, 0.99], False), "the script's defaults count, if given"
+    edit_json(out / "args.json", **saved)
+    for wrong, words in ((["--lr", "1"], "leave out --lr"), (["--shard", "--seed", "3"], "leave out --seed, --shard"),
+                         (["--model", "tiny"], "leave out --model"), (["--mode", "end-to-end"], "cannot go on as end-to-end")):
+        with user_error(words):
             grpo.parse_args(["--resume", str(out), *wrong])
     for change, words in (({"lr": -1}, "-1"), ({"mode": "x"}, "mode"), ({"recompute": "yes"}, "recompute"), ({"freeze": 3}, "freeze"),
                           ({"steps": None, "beta": "a"}, "--beta"), ({"entropy": [1]}, "--entropy")):
@@ -4467,7 +4465,11 @@ def test_every_ablation_is_a_command_that_its_script_takes():
     for job in jobs:
         script = {"grpo.py": grpo, "sft.py": sft}[job.command[0]]
         args = script.parse_args(job.command[1:])
-        assert args.prompts * args.group == ablate.IMAGES[job.model] and (args.model, args.seed) == (job.model, job.seed)
+        assert (args.model, args.seed) == (job.model, job.seed)
+        if job.full:
+            assert args.steps is args.prompts is args.lr is None, "the script's own"
+        else:
+            assert args.prompts * args.group == ablate.IMAGES
     for model in ablate.MODELS:
         named = [name for names in report.tables(model).values() for name in names]
         assert set(named) == set(ablate.cells(model)), "every cell stands in a table"
@@ -4484,7 +4486,7 @@ what = trouble.read_text() if trouble.exists() and "seed1" in str(out) else ""
 out.mkdir(parents=True, exist_ok=True)
 scores = {"generation": {"overall": 0.5}, "understanding": {"ground_truth": 1.0, "own_images": 0.5},
           "imbalance": dict.fromkeys(["answered_given_drawn", "drawn_given_answered", "disagreement"], 0.25)}
-(out / "args.json").write_text("{}")
+(out / "args.json").write_text('{"prompts": 4, "group": 3}')
 (out / "before.json").write_text(json.dumps(scores)), (out / "before.png").write_text("")
 line = {"step": 1, "reward": 0.5, "kl_image": 0.1, "entropy_image": 1.0, "seconds": 30.0}
 (out / "metrics.jsonl").write_text(json.dumps(line) + chr(10))
@@ -4514,16 +4516,24 @@ def test_the_runs_of_the_ablations_can_be_stopped_and_called_again(tmp_path, mon
     ablate.perform_all(jobs, path, runs)
     assert len(results()) == 4 and all("--resume" in line for line in calls()[4:]) and len(calls()) == 6
     assert results()["grpo", 1]["stopped"].startswith("stopped at step 1") and "after" not in results()["grpo", 1]
-    assert results()["grpo", 0]["after"]["generation"]["overall"] == 0.75
+    assert results()["grpo", 0]["after"]["generation"]["overall"] == 0.75 and results()["grpo", 0]["images"] == 12
     ablate.perform_all(jobs, path, runs)
     assert len(calls()) == 6, "nothing is run twice"
     assert any(" 1 (1 stopped) |" in row for row in report.table(list(results().values()), "tiny", ["grpo"]))
     (tmp_path / "trouble").write_text("ZeroDivisionError: division by zero")
     with user_error("failed: ZeroDivisionError", "seed1.log"):
         ablate.perform_all(ablate.jobs(["tiny"], ["sft"], 2), path, runs)
+    called = len(calls())
+    ablate.perform_all(jobs[:2], tmp_path / "again.json", runs)
+    assert len(calls()) == called and len(ablate.read_results(tmp_path / "again.json")["runs"]) == 2, "what ended is read"
     monkeypatch.setattr(ablate, "COMMON", {**ablate.COMMON, "tiny": "--steps 1"})
     with user_error("was run with other flags"):
         ablate.perform_all(jobs, path, runs)
+    with user_error("begun with other flags", "--runs"):
+        ablate.perform_all(jobs, tmp_path / "other.json", runs)
+    (tmp_path / "again.json").write_text('{"runs": []}')
+    with user_error("again.json", "no results"):
+        ablate.read_results(tmp_path / "again.json")
 
 
 def fake_run(cell, seed, after, model="tiny"):
@@ -4541,6 +4551,18 @@ def test_tables_hold_means_and_intervals():
     assert rows[2].endswith("| 2.0 |") and "| +0.300 ± 0.248 | +0.100 ± 0.000 |" in rows[3]
     assert "| beta 0 | +0.100 ± 0.000 (3 seeds) | - |" in report.settings_table(results)
     assert any(row.startswith("| GRPO two-stage | 3 | +0.200 ± 0.248 |") for row in report.methods_table(results))
+    results += [fake_run("full sft", s, 0.9) for s in range(12)]
+    results += [fake_run("guidance 2", 0, 0.7)]
+    full = report.table(results, "tiny", report.tables("tiny")[report.FULL])
+    assert "| 12 | 0.500 | +0.400 ± 0.000 |" in full[2] and len(full) == 3, "beyond the table of quantiles, too"
+    assert "| guidance 2 | 0.500 → 0.700 (1 seeds) | - |" in report.settings_table(results)
+
+
+def test_a_readme_without_the_marks_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with user_error("README.md", "lacks the marks", "full"):
+        report.write_readme({"runs": []}, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_the_readmes_tables_are_those_of_the_results(tmp_path):

@@ -47,7 +47,7 @@ def add_measures(world: World, args: argparse.Namespace, device: torch.device) -
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UserError("--tensorboard: it is not installed (pip install tensorboard)")
     if args.detector:
-        world.detect = load_detector(args.detector, args.detector_clip, device)
+        world.detect = load_detector(args.detector, args.detector_clip, device, ("--detector", "--detector-clip"))
     if args.true_images:
         world.pictures = read_folder(Path(args.true_images))
         asked = {fact["class"] for line, _ in world.pictures for fact in line["include"]}
@@ -167,7 +167,7 @@ class Watch:
         print(table({"before": self.before, "after": after}))
         steps = f"{args.draw_steps} mask-predict steps, " if args.draw_steps else ""
         print(f"{args.eval_images} images for each of {len(self.world.suite)} held-out prompts, guidance {args.guidance:g}, "
-              f"temperature {args.temperature:g}, {steps}evaluation seed 0; {seconds:.0f} s in all")
+              f"temperature {args.temperature:g}, {steps}evaluation seed 0; {seconds:.0f} s since the start or --resume")
         if summary["parted"]:
             print(f"warning: self-reward and what is so had parted at step {', '.join(map(str, summary['parted']))}")
         print(f"look at {out}/curves.png, before.png and after.png; then: python sample.py \"{self.world.suite[0].prompt}\" "
