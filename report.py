@@ -5,10 +5,11 @@
 
 Writes, beside the results,
 
-    ablation.md     the tables: mean over seeds and a 95 % confidence interval (Student's t)
-    ablation.png    every setting's change of the detector's score, seed by seed
-    learning.png    the detector's score against images drawn and against minutes
-    hacking.png     settings that fool themselves beside the same ones that do not
+    ablation.md         the tables: mean over seeds and a 95 % confidence interval (Student's t)
+    ablation.png        every setting's change of the detector's score, seed by seed
+    learning.png        the detector's score against images drawn and against minutes, in runs of full length
+    learning_short.png  the same of the short runs
+    hacking.png         settings that fool themselves beside the same ones that do not
 
 and the tables of README.md. A difference between two settings is taken seed by seed, which gives both the same prompts
 (the same in the first step, that is; what follows depends on what was learned).
@@ -17,6 +18,7 @@ and the tables of README.md. A difference between two settings is taken seed by 
 import argparse
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +211,7 @@ def write_tables(content: dict, path: Path) -> None:
 
 
 def figures(content: dict, folder: Path) -> None:
-    """The three figures."""
+    """The four figures."""
     try:
         import matplotlib
     except ImportError:
@@ -218,8 +220,10 @@ def figures(content: dict, folder: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110}
-    for name, draw in (("ablation", draw_cells), ("learning", draw_learning), ("hacking", draw_hacking)):
-        figure = draw(pyplot, content["runs"])
+    drawn = {"ablation": draw_cells, "learning": partial(draw_learning, length="full "), "learning_short": draw_learning,
+             "hacking": draw_hacking}
+    for name, draw_figure in drawn.items():
+        figure = draw_figure(pyplot, content["runs"])
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         pyplot.close(figure)
@@ -252,12 +256,13 @@ def held_out_curve(result: dict, column: int) -> list[tuple[int, float]]:
     return [(0, values[0]), *((row[0], row[column]) for row in result["held_out"]), (len(result["reward"]), values[1])]
 
 
-def draw_learning(pyplot, results: list[dict]):
-    """The detector's score of the four methods, mean and interval over seeds, against images and minutes."""
+def draw_learning(pyplot, results: list[dict], length: str = ""):
+    """The detector's score of the four methods, mean and interval over seeds, against images and minutes; of short runs, or
+    "full " ones."""
     figure, axes = pyplot.subplots(len(MODELS), 2, figsize=(9, 5), sharey="row")
     for row, model in zip(axes, MODELS):
         for name, (label, color) in METHODS.items():
-            found = list(of_cell(results, model, name).values())
+            found = list(of_cell(results, model, length + name).values())
             if not found:
                 continue
             curves = [held_out_curve(r, 1) for r in found]
@@ -269,7 +274,7 @@ def draw_learning(pyplot, results: list[dict]):
                 axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
         row[0].set(ylabel=f"{TITLES[model]}: detector", xlabel="images drawn")
         row[1].set(xlabel="minutes of training on one core")
-    axes[0][0].legend(frameon=False)
+    axes[0][1].legend(frameon=False, fontsize=7)
     return figure
 
 

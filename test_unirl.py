@@ -4598,10 +4598,10 @@ def test_a_pair_is_of_the_same_prompts_and_seeds(small, tmp_path, monkeypatch):
 
 def test_the_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    names = [*report.METHODS, "broken", "sft, answers trained"]
+    names = [*report.METHODS, *(f"full {name}" for name in report.METHODS), "broken", "sft, answers trained"]
     runs = [fake_run(name, seed, 0.6 + 0.1 * seed, model) for name in names for seed in range(2) for model in ablate.MODELS]
     report.figures({"runs": runs}, tmp_path)
-    for name in ("ablation", "learning", "hacking"):
+    for name in ("ablation", "learning", "learning_short", "hacking"):
         assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
 
 
