@@ -69,13 +69,16 @@ def cells(model: str) -> dict[str, tuple[str, str]]:
         "group 4": grpo(group=4),
         "group 8": grpo(group=8),
         "group 16": grpo(group=16),
-        **({"guidance 2": grpo("--guidance 2"), "guidance 5": grpo("--guidance 5")} if model == "tiny" else
-           {"guidance 2": grpo("--guidance 2")}),
+        "guidance 2": grpo("--guidance 2"),
+        **({"guidance 5": grpo("--guidance 5")} if model == "tiny" else {}),
         "full grpo": ("grpo.py", ""),
         "full sft": ("sft.py", ""),
         "full grpo end-to-end": ("grpo.py", "--mode end-to-end"),
         "full sft end-to-end": ("sft.py", "--mode end-to-end"),
     }
+
+
+ALL = list(cells("tiny") | cells("tiny-show-o"))
 
 
 @dataclass(frozen=True)
@@ -102,45 +105,55 @@ class Job:
             flags = f"{COMMON[self.model]} {flags} --eval-every {5 if self.cell in WATCHED else 0}"
         return [script, *shlex.split(f"--model {self.model} {flags} --seed {self.seed}")]
 
+    @property
+    def line(self) -> str:
+        """The command as it is written down."""
+        return " ".join(self.command)
 
-def perform(job: Job, runs: Path, cores: queue.Queue) -> dict | None:
-    """Runs the job on a core of its own, from its checkpoint if it was begun before; the result, or None where it was
-    interrupted."""
-    folder = runs / job.folder
-    begun = Path(f"{folder}.command")
-    if begun.exists() and begun.read_text() != " ".join(job.command):
-        raise UserError(f"{folder} was begun with other flags; give another --runs")
-    if (folder / "summary.json").exists():  # it ended, but its result was not written down
-        return record(job, folder)
-    start = runs / job.model / f"start-{start_of(job)}"  # the same for all runs that begin there: measured once
+
+def call(job: Job, folder: Path, start: Path, core: int) -> int:
+    """Runs the job's script on one core, from its checkpoint if it was begun before, else from the scores of the start
+    where these are known; its exit code."""
     if not (folder / "args.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        begun.write_text(" ".join(job.command))
+        Path(f"{folder}.command").write_text(job.line)
         if (start / "before.json").exists():
             shutil.copytree(start, folder, dirs_exist_ok=True)
         command = [*job.command, "--out", str(folder)]
     else:
         command = [job.command[0], "--resume", str(folder)]
-    core = cores.get()
     pin = (lambda: os.sched_setaffinity(0, {core})) if hasattr(os, "sched_setaffinity") else None
     with open(f"{folder}.log", "ab") as log:
-        done = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=log,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=pin)
-    cores.put(core)
+        return subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], stdout=log, stderr=log,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=pin).returncode
+
+
+def perform(job: Job, runs: Path, cores: queue.Queue) -> dict | None:
+    """The job's result, for which it is run on a core of its own if it has not ended before; None where it was
+    interrupted."""
+    folder, code = runs / job.folder, 0
+    begun = Path(f"{folder}.command")
+    if begun.exists() and begun.read_text() != job.line:
+        raise UserError(f"{folder} was begun with other flags; give another --runs")
+    start = runs / job.model / f"start-{start_of(job)}"  # the same for all runs that begin there: measured once
+    if not (folder / "summary.json").exists():
+        core = cores.get()
+        code = call(job, folder, start, core)
+        cores.put(core)
     if (folder / "summary.json").exists():
         if not start.exists():
-            fresh = start.with_name(f"{start.name}.partial{core}")
+            fresh = Path(f"{folder}.start")
             fresh.mkdir(exist_ok=True)
             for name in ("before.png", "before.json"):
                 shutil.copy(folder / name, fresh)
             fresh.rename(start) if not start.exists() else shutil.rmtree(fresh)
         shutil.rmtree(folder / f"step_{len(metrics(folder)):06d}", ignore_errors=True)  # 15 MB that nobody looks at
         return record(job, folder)
-    if done.returncode in (0, 130, -2, -15):  # it was told to stop
+    if code in (0, 130, -2, -15):  # it was told to stop
         return None
     last = ["it said nothing", *Path(f"{folder}.log").read_text(errors="replace").strip().splitlines()][-1]
     if not last.startswith("error: stopped at step"):
-        raise UserError(f"{' '.join(command)} failed: {last} ({folder}.log)")
+        raise UserError(f"{job.line} failed: {last} ({folder}.log)")
     return {**record(job, folder), "stopped": last.removeprefix("error: ")}
 
 
@@ -152,6 +165,7 @@ def start_of(job: Job) -> str:
 
 
 def metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -170,7 +184,7 @@ def record(job: Job, folder: Path) -> dict:
     watched = [(line["step"], *(short(line["held_out"][k]) for k in ("detector", "self_reward", "true_pictures")))
                for line in lines if "held_out" in line]
     return {
-        "model": job.model, "cell": job.cell, "seed": job.seed, "command": " ".join(job.command), "versions": versions(),
+        "model": job.model, "cell": job.cell, "seed": job.seed, "command": job.line, "versions": versions(),
         "images": args["prompts"] * args["group"], **{key: scores(summary[key]) for key in ("before", "after") if key in summary},
         "reward": [short(line["reward"]) for line in lines], "kl": short(lines[-1]["kl_image"]),
         "entropy": [short(lines[at]["entropy_image"]) for at in (0, -1)], "held_out": watched,
@@ -180,6 +194,7 @@ def record(job: Job, folder: Path) -> dict:
 
 
 def read_results(path: Path) -> dict:
+    """What `write_results` wrote. Raises UserError where the file holds something else, or is not there."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -191,15 +206,14 @@ def read_results(path: Path) -> dict:
 
 def write_results(path: Path, results: list[dict]) -> None:
     """The results, a line each, by seed, in the order of the cells."""
-    order = list(cells("tiny") | cells("tiny-show-o"))
-    results = sorted(results, key=lambda r: (r["seed"], order.index(r["cell"]), MODELS.index(r["model"])))
+    results = sorted(results, key=lambda r: (r["seed"], ALL.index(r["cell"]), MODELS.index(r["model"])))
     text = json.dumps({"common": COMMON})[:-1]
     write_whole(path, text + ', "runs": [\n' + ",\n".join(map(json.dumps, results)) + "\n]}\n")
 
 
 def jobs(models: Iterable[str], chosen: Sequence[str] | None, seeds: int) -> list[Job]:
     """All runs, every cell with seed 0 first, so that a stop leaves as even a picture as there can be."""
-    return [Job(model, cell, seed) for seed in range(seeds) for cell in cells("tiny") | cells("tiny-show-o")
+    return [Job(model, cell, seed) for seed in range(seeds) for cell in ALL
             for model in models if cell in cells(model) and cell in (chosen or (cell,))]
 
 
@@ -208,7 +222,7 @@ def perform_all(wanted: list[Job], path: Path, runs: Path) -> None:
     results = read_results(path)["runs"] if path.exists() else []
     known = {(r["model"], r["cell"], r["seed"]): r["command"] for r in results}
     for job in wanted:
-        if known.get((job.model, job.cell, job.seed), " ".join(job.command)) != " ".join(job.command):
+        if known.get((job.model, job.cell, job.seed), job.line) != job.line:
             raise UserError(f"{path}: {job.cell} of {job.model} was run with other flags; give another --results and --runs")
     wanted = [job for job in wanted if (job.model, job.cell, job.seed) not in known]
     cores = queue.Queue()
@@ -238,12 +252,12 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--cells", nargs="+", metavar="CELL", help=f"of {', '.join(map(repr, cells('tiny') | cells('tiny-show-o')))} (default: all)")
+    add("--cells", nargs="+", metavar="CELL", help=f"of {', '.join(map(repr, ALL))} (default: all)")
     add("--seeds", type=positive(int), default=SEEDS, help=f"0 to N - 1 (default: {SEEDS})")
     add("--runs", default="runs/ablation", help="where the runs go (default: runs/ablation)")
     add("--results", default=str(HERE / "figures" / "ablation.json"), help="(default: figures/ablation.json)")
     args = parser.parse_args()
-    if unknown := set(args.cells or ()) - (cells("tiny") | cells("tiny-show-o")).keys():
+    if unknown := set(args.cells or ()) - set(ALL):
         parser.error(f"--cells {min(unknown)!r}: there is no such cell")
     path, runs = Path(args.results), Path(args.runs)
     path.parent.mkdir(parents=True, exist_ok=True)

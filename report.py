@@ -190,18 +190,18 @@ def methods_table(results: list[dict], length: str = "") -> list[str]:
 def write_tables(content: dict, path: Path) -> None:
     """All tables of all models."""
     runs = content["runs"]
-    by_category = lambda length: ["**The detector's score by category, change**", "", *category_table(runs, model, length), ""]
     lines = ["# Ablations on the tiny models", "",
              "Written by `python report.py` from `ablation.json`. Mean over seeds ± half a 95 % confidence interval "
              "(Student's t); scores of held-out prompts before and after. Minutes are those of the training steps, on one core.",
              ""]
     for model in MODELS:
-        lines += [f"## {TITLES[model]}: `{content['common'][model]}`, {IMAGES} images a step, 240 scored", ""]
-        for title, names in tables(model).items():
-            if title == FULL:
-                lines += by_category("") + [f"## {TITLES[model]}: the scripts' own defaults, 720 scored", ""]
-            lines += [f"**{title}**", "", *table(runs, model, names), ""]
-        lines += by_category("full ")
+        short = f"`{content['common'][model]}`, {IMAGES} images a step, 240 scored"
+        for length, heading in (("", short), ("full ", "the scripts' own defaults, 720 scored")):
+            lines += [f"## {TITLES[model]}: {heading}", ""]
+            for title, names in tables(model).items():
+                if (title == FULL) == (length == "full "):
+                    lines += [f"**{title}**", "", *table(runs, model, names), ""]
+            lines += ["**The detector's score by category, change**", "", *category_table(runs, model, length), ""]
     made_with = dict.fromkeys(", ".join(f"{key} {value}" for key, value in r["versions"].items()) for r in runs)
     write_whole(path, "\n".join([*lines, f"Made with {'; '.join(made_with)}; a run had one core.", ""]))
 
@@ -244,7 +244,8 @@ def draw_cells(pyplot, results: list[dict]):
             axis.axvline(interval([change(r, "detector") for r in of_cell(results, model, "grpo").values()])[0],
                          color="#2b6cd9", linewidth=0.6, linestyle=":")
         axis.axvline(0, color="#999999", linewidth=0.6)
-        axis.set(yticks=range(len(names)), yticklabels=[NAMES.get(name, name) for name in names], title=TITLES[model], xlabel="change of the detector's score")
+        axis.set(yticks=range(len(names)), yticklabels=[NAMES.get(name, name) for name in names], title=TITLES[model],
+                 xlabel="change of the detector's score")
         axis.invert_yaxis()
     return figure
 

@@ -47,9 +47,9 @@ def resumed(parser: argparse.ArgumentParser, argv: list[str] | None, script: str
     """The flags of the run that `--resume` names, checked as if they had been typed, with those of CHANGEABLE that are
     given in `argv`; refuses other flags, another script's run, and a mode that is not the run's."""
     not_given = object()  # argparse leaves what is set already; so a flag that is given its default shows, too
-    typed = {action.dest: not_given for action in parser._actions if action.dest != "help"}
-    args = argparse.Namespace(**typed)
-    given = {key: value for key, value in vars(parser.parse_args(argv, args)).items() if value is not not_given}
+    blank = {action.dest: not_given for action in parser._actions if action.dest != "help"}
+    args = parser.parse_args(argv, argparse.Namespace(**blank))
+    given = {key: value for key, value in vars(args).items() if value is not not_given}
     path = Path(args.resume) / "args.json"
     if not path.exists():
         raise UserError(f"{args.resume}: holds no run of {script} (no args.json)")

@@ -4573,7 +4573,7 @@ def test_the_readmes_tables_are_those_of_the_results(tmp_path):
     report.write_tables(content, tmp_path / "ablation.md")
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "ablation.md").read_text() == (ROOT / "figures" / "ablation.md").read_text()
-    commands = {(job.model, job.cell, job.seed): " ".join(job.command) for job in ablate.jobs(ablate.MODELS, None, 100)}
+    commands = {(job.model, job.cell, job.seed): job.line for job in ablate.jobs(ablate.MODELS, None, 100)}
     assert all(commands[r["model"], r["cell"], r["seed"]] == r["command"] for r in content["runs"])
 
 
