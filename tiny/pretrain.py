@@ -1,13 +1,13 @@
-"""Pretrains the tiny Janus of `--model tiny`, or the tiny Show-o of `--model tiny-show-o`, from nothing: text tokenizer,
-image tokenizer, then the unified model.
+"""Pretrains the tiny Janus of `--model tiny`, or the tiny Show-o of `--model tiny-show-o`, from nothing: text
+tokenizer, image tokenizer, then the unified model.
 
     python -m tiny.pretrain                             # tiny/janus; two CPU cores; run again to resume
     python -m tiny.pretrain --model show-o              # tiny/show-o
 
-The base that comes out is like the real ones: it understands far better than it draws. Real models know how to draw
-what they often fail to draw, because their captions were noisy. So here generation learns from clean captions until it
-knows the words, and then, for a short while, from captions of which 40 % were swapped for another of the same category;
-understanding sees clean questions throughout.
+The base that comes out is like the real ones: it understands far better than it draws. Real models know how
+to draw what they often fail to draw, because their captions were noisy. So here generation learns from clean
+captions until it knows the words, and then, for a short while, from captions of which 40 % were swapped for
+another of the same category; understanding sees clean questions throughout.
 """
 
 import argparse
@@ -28,11 +28,10 @@ from tqdm import tqdm
 from transformers import JanusConfig, JanusProcessor, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-from checkpoint import chat_template, load, save
 from evaluate import evaluate, table, world_of
-from model import SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel
+from model import SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel, chat_template, load, save
 from reward import INVERSE, TAGS, Task, draw_task, make_task
-from sample import Images, answer_logits, encode_answers, image_logits, to_pixels, to_uint8, token_logprobs
+from sample import Images, answer_logprobs, encode_answers, from_uint8, image_logits, score_logits, to_uint8
 from tiny.world import GLYPHS, GRID, PALETTE, SIZE, VOCABULARY, detect, layout, paint
 
 CONFIG = dict(
@@ -41,8 +40,8 @@ CONFIG = dict(
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
     ),
     vision_config=dict(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=4, mlp_ratio=3.0,
-        projection_dim=128, depth=2, num_image_tokens=36,
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=4,
+        mlp_ratio=3.0, projection_dim=128, depth=2, num_image_tokens=36,
     ),
     vq_config=dict(
         embed_dim=8, num_embeddings=192, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
@@ -53,16 +52,17 @@ CONFIG = dict(
 SHOW_O = dict(
     codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=6, world="shapes", w_clip_vit=False,
     phi_config=dict(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=256,
+        hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=256,
     ),
 )
 MAGVIT = dict(
     channels=32, encoder_multipliers=[1, 1, 2], encoder_blocks=[1, 1, 1], decoder_multipliers=[1, 1, 2],
     decoder_blocks=[1, 1, 1], bits=9,
 )
+SIDE = 4  # pixels a side of what a code, or a patch of SigLIP's, stands for
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The image tokenizer
 
 
@@ -72,9 +72,9 @@ def random_scenes(count: int, rng: np.random.Generator) -> tuple[np.ndarray, lis
     for _ in range(count):
         n = rng.integers(1, 7)
         cells = rng.permutation(GRID * GRID)[:n]
-        objects = [(str(rng.choice(list(GLYPHS))), str(rng.choice(list(PALETTE))), int(cell)) for cell in cells]
-        images.append(paint(objects))
-        contents.append(sorted((shape, color) for shape, color, _ in objects))
+        names = [(str(rng.choice(list(GLYPHS))), str(rng.choice(list(PALETTE)))) for _ in cells]
+        images.append(paint([(*name, int(cell)) for name, cell in zip(names, cells)]))
+        contents.append(sorted(names))
     return np.stack(images), contents
 
 
@@ -84,9 +84,9 @@ def read_back(images: np.ndarray, contents: list) -> float:
     return float(np.mean([f == c for f, c in zip(found, contents)]))
 
 
-def same_patches(pixels: Tensor, side: int) -> Tensor:
-    """Which of the pictures' patches [B, 3, H, W] of `side` pixels are equal: group numbers [B * h * w]."""
-    patches = F.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)  # [B * h * w, 3 * side * side]
+def same_patches(pixels: Tensor) -> Tensor:
+    """Which of the pictures' patches [B, 3, H, W] of SIDE pixels are equal: group numbers [B * h * w]."""
+    patches = F.unfold(pixels, SIDE, stride=SIDE).transpose(1, 2).flatten(0, 1)  # [B * h * w, 3 * SIDE ** 2]
     return torch.unique(patches, dim=0, return_inverse=True)[1]
 
 
@@ -97,7 +97,8 @@ def centres_of(latents: Tensor, groups: Tensor) -> Tensor:
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` unit vectors that cover unit `points` [M, E]: spherical k-means, empty clusters restarted at a point."""
+    """`count` unit vectors that cover unit `points` [M, E]: spherical k-means, empty clusters restarted at a
+    point."""
     centres = points[torch.randperm(len(points), generator=generator)[:count]]
     for _ in range(20):
         nearest = (points @ centres.T).argmax(1)
@@ -108,89 +109,101 @@ def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return centres
 
 
-def train_image_tokenizer(vq: VQModel, steps: int, seed: int, log: Callable) -> None:
-    """Reconstruction, first of unquantised latents (a quarter of the steps), then through codes, straight-through.
-
-    Group norm and attention let every latent see the whole picture, so that the same patch gets a dozen codes, and a
-    model that samples codes drowns in a choice that means nothing. Hence the pull of equal patches towards one latent,
-    and a codebook that starts as k-means over patches that differ, not over the background nine times in ten."""
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    weight = vq.quantize.embedding.weight  # [K, E]
-    side = SIZE // math.isqrt(CONFIG["vision_config"]["num_image_tokens"])
-    for step in tqdm(range(steps), desc="image tokenizer"):
-        loss, pull = 0.0, 0.1
-        pixels = to_pixels(random_scenes(64, rng)[0])
-        latents = F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)  # [B, E, h, w], on the sphere
-        flat, groups = latents.permute(0, 2, 3, 1).flatten(0, 2), same_patches(pixels, side)  # [M, E], [M]
-        centres = F.normalize(centres_of(flat, groups), dim=-1)  # [groups, E]
-        if step == steps // 4:
-            with torch.no_grad():
-                pictures = to_pixels(random_scenes(512, rng)[0])
-                points = torch.cat([F.normalize(vq.quant_conv(vq.encoder(p)), dim=1) for p in pictures.split(64)])
-                points = points.permute(0, 2, 3, 1).flatten(0, 2)
-                points = F.normalize(centres_of(points, same_patches(pictures, side)), dim=-1)
-                weight.copy_(kmeans(points, len(weight), generator))
-        if step >= steps // 4:
-            centres = vq.codebook()[(centres @ vq.codebook().T).argmax(-1)]
-            codes = centres[groups].view(latents.shape[0], *latents.shape[2:], -1).permute(0, 3, 1, 2)  # as latents
-            loss, pull = F.mse_loss(codes, latents.detach()), 0.3
-            latents = latents + (codes - latents).detach()
-        loss = loss + pull * (flat - centres[groups].detach()).square().sum(-1).mean()
-        restored = vq.decoder(vq.post_quant_conv(latents))
-        loss = loss + F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            log(stage="image tokenizer", step=step + 1, loss=loss.item(), **judge_image_tokenizer(vq))
+def latents_of(vq: VQModel, pixels: Tensor) -> Tensor:
+    """The latents [B, E, h, w] of pixels [B, 3, H, W] before they are quantised, on the unit sphere."""
+    return F.normalize(vq.quant_conv(vq.encoder(pixels)), dim=1)
 
 
-def train_lookup_free_tokenizer(vq: MAGVITv2, steps: int, seed: int, log: Callable) -> None:
-    """The same for Show-o's: reconstruction of tanh(latents) for a fifth of the steps, then straight through their
-    signs, those of each group of equal patches' mean, to which their latents are pulled. Over the groups of a batch every
-    bit is to be 1 as often as -1, and bits are to be independent: the entropy term of lookup-free quantisation."""
-    rng, groups_of = np.random.default_rng(seed), lambda pixels: same_patches(pixels, vq.stride)
-    optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    for step in tqdm(range(steps), desc="image tokenizer"):
-        pixels = to_pixels(random_scenes(64, rng)[0])
-        latents, groups = vq.encoder(pixels), groups_of(pixels)  # [B, bits, h, w], [B * h * w]
-        flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B * h * w, bits]
-        centres = centres_of(flat, groups)  # [groups, bits]
-        signs = torch.where(centres > 0, 1.0, -1.0)[groups]  # [B * h * w, bits]
-        soft = torch.tanh(latents)
-        if step >= steps // 5:
-            hard = signs.view(len(pixels), *latents.shape[2:], -1).permute(0, 3, 1, 2)
-            soft = latents.clamp(-1.5, 1.5)
-            soft = soft + (hard - soft).detach()
-        pull = (flat - centres[groups].detach()).square().mean() * 4 + (flat - signs).square().mean()
-        bits = torch.tanh(centres)
-        together = (bits.T @ bits / len(bits)).fill_diagonal_(0.0)
-        spread = bits.mean(0).square().mean() + together.square().mean()
-        restored = vq.decoder(soft)
-        loss = F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels) + 0.05 * (pull + spread)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            log(stage="image tokenizer", step=step + 1, loss=loss.item(), **judge_image_tokenizer(vq))
+def flat(latents: Tensor) -> Tensor:
+    """[B, E, h, w] -> [B * h * w, E]"""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def unflat(vectors: Tensor, latents: Tensor) -> Tensor:
+    """[B * h * w, E] -> [B, E, h, w], as `latents`"""
+    return vectors.view(len(latents), *latents.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def judge_image_tokenizer(vq: VQModel | MAGVITv2) -> dict[str, float]:
-    """How often the detector reads a picture back through the codes, and the entropy (nats) of equal patches' codes."""
+def start_codebook(vq: VQModel, rng: np.random.Generator, generator: torch.Generator) -> None:
+    """k-means over patches that differ, not over the background nine times in ten."""
+    pictures = from_uint8(random_scenes(512, rng)[0])
+    points = torch.cat([flat(latents_of(vq, part)) for part in pictures.split(64)])
+    points = F.normalize(centres_of(points, same_patches(pictures)), dim=-1)
+    codebook = vq.quantize.embedding.weight  # [V, E]
+    codebook.copy_(kmeans(points, len(codebook), generator))
+
+
+def codebook_loss(vq: VQModel, pixels: Tensor, quantise: bool) -> Tensor:
+    """The loss of a Janus' image tokenizer: reconstruction of pixels [B, 3, H, W] from their latents, or,
+    straight through, from the codes nearest to each group of equal patches' mean; and a pull to that mean, or
+    code."""
+    loss, pull = 0.0, 0.1
+    latents, groups = latents_of(vq, pixels), same_patches(pixels)  # [B, E, h, w], [B h w]
+    centres = F.normalize(centres_of(flat(latents), groups), dim=-1)  # [groups, E]
+    restored = latents
+    if quantise:
+        centres = vq.codebook()[(centres @ vq.codebook().T).argmax(-1)]
+        codes = unflat(centres[groups], latents)
+        loss, pull = F.mse_loss(codes, latents.detach()), 0.3
+        restored = latents + (codes - latents).detach()
+    loss = loss + pull * (flat(latents) - centres[groups].detach()).square().sum(-1).mean()
+    restored = vq.decoder(vq.post_quant_conv(restored))
+    return loss + F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels)
+
+
+def lookup_free_loss(vq: MAGVITv2, pixels: Tensor, quantise: bool) -> Tensor:
+    """The same of a Show-o's: reconstruction of pixels [B, 3, H, W] from tanh(latents), or, straight through,
+    from the signs of each group of equal patches' mean, to which latents are pulled. Over all groups every
+    bit is to be 1 as often as -1, and bits are to be independent: the entropy term of lookup-free
+    quantisation."""
+    latents, groups = vq.encoder(pixels), same_patches(pixels)  # [B, bits, h, w], [B h w]
+    centres = centres_of(flat(latents), groups)  # [groups, bits]
+    signs = torch.where(centres > 0, 1.0, -1.0)[groups]  # [B h w, bits]
+    soft = torch.tanh(latents)
+    if quantise:
+        soft = latents.clamp(-1.5, 1.5)
+        soft = soft + (unflat(signs, latents) - soft).detach()
+    pull = 4 * F.mse_loss(flat(latents), centres[groups].detach()) + F.mse_loss(flat(latents), signs)
+    bits = torch.tanh(centres)
+    together = (bits.T @ bits / len(bits)).fill_diagonal_(0.0)
+    spread = bits.mean(0).square().mean() + together.square().mean()
+    restored = vq.decoder(soft)
+    return F.mse_loss(restored, pixels) + 0.1 * F.l1_loss(restored, pixels) + 0.05 * (pull + spread)
+
+
+def train_image_tokenizer(vq: VQModel | MAGVITv2, steps: int, seed: int, log: Callable) -> None:
+    """Reconstruction, for the first quarter or fifth of the steps of unquantised latents, then through codes.
+
+    Group norm and attention let every latent see the whole picture, so that equal patches get a dozen codes,
+    and a model that samples codes drowns in a choice that means nothing. Hence they are pulled together."""
+    rng, has_codebook = np.random.default_rng(seed), isinstance(vq, VQModel)
+    loss_of, unquantised = (codebook_loss, steps // 4) if has_codebook else (lookup_free_loss, steps // 5)
+    optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    for step in tqdm(range(steps), desc="image tokenizer"):
+        pixels = from_uint8(random_scenes(64, rng)[0])
+        if has_codebook and step == unquantised:
+            start_codebook(vq, rng, torch.Generator().manual_seed(seed))
+        loss = loss_of(vq, pixels, quantise=step >= unquantised)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            log(stage="image tokenizer", step=step + 1, loss=loss.item(), **measure_image_tokenizer(vq))
+
+
+@torch.no_grad()
+def measure_image_tokenizer(vq: VQModel | MAGVITv2) -> dict[str, float]:
+    """How often the detector reads a picture back through the codes, and the entropy (nats) of equal patches'
+    codes."""
     images, contents = random_scenes(256, np.random.default_rng(7))
-    pixels = to_pixels(images)
+    pixels = from_uint8(images)
     codes = vq.encode(pixels)  # [B, N]
-    side = SIZE // math.isqrt(codes.shape[1])
-    counts = torch.zeros(pixels.shape[0] * codes.shape[1], int(codes.max()) + 1)
-    counts.index_put_((same_patches(pixels, side), codes.flatten()), torch.ones(codes.numel()), accumulate=True)
+    counts, groups = torch.zeros(codes.numel(), int(codes.max()) + 1), same_patches(pixels)
+    counts.index_put_((groups, codes.flatten()), torch.ones(codes.numel()), accumulate=True)
     sizes = counts.sum(1, keepdim=True)
     entropy = -torch.special.xlogy(counts, counts / sizes.clamp(min=1)).sum(1)
     often = sizes[:, 0].argmax()
@@ -201,8 +214,12 @@ def judge_image_tokenizer(vq: VQModel | MAGVITv2) -> dict[str, float]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The text tokenizer
+
+CELLS = tuple(
+    f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")
+)
 
 
 def train_text_tokenizer(special: list[str], seed: int) -> Tokenizer:
@@ -210,12 +227,13 @@ def train_text_tokenizer(special: list[str], seed: int) -> Tokenizer:
     rng = np.random.default_rng(seed)
     tasks = [draw_task(VOCABULARY, rng) for _ in range(5000)]
     texts = [text for task in tasks for text in (task.prompt, f"\n{task.question}", task.answer + "\n\n")]
-    texts += [text for shape in GLYPHS for cell in CELLS for text in (f"\nWhere is the {shape}?", f"{cell}\n\n")] * 10
-    corpus = [f": {text}" for text in texts]
+    texts += [
+        text for shape in GLYPHS for cell in CELLS for text in (f"\nWhere is the {shape}?", f"{cell}\n\n")
+    ] * 10
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+    tokenizer.train_from_iterator([f": {text}" for text in texts], trainers.BpeTrainer(
         vocab_size=CONFIG["text_config"]["vocab_size"], special_tokens=special, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ))
@@ -225,9 +243,13 @@ def train_text_tokenizer(special: list[str], seed: int) -> Tokenizer:
 def build_processor(seed: int) -> JanusProcessor:
     """Text tokenizer in Janus-Pro's turns, and the preprocessing of pictures."""
     special = {
-        "bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>",
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": "<｜end▁of▁sentence｜>",
+        "pad_token": "<｜▁pad▁｜>",
     }
-    tags = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    tags = {
+        "image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>",
+    }
     tokenizer = train_text_tokenizer([*special.values(), *tags.values(), "<|User|>", "<|Assistant|>"], seed)
     begin = special["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -253,22 +275,19 @@ def build_show_o_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The unified model
 
-# How often each category is drawn. Positions and pairs of colors are learned last, and a judge that is wrong about them
-# would be exploited by reinforcement learning, so understanding sees more of them.
+# How often each category is drawn. Positions and pairs of colors are learned last, and a model that is wrong
+# about them would be exploited as its own judge, so understanding sees more of them.
 DRAWING = dict(zip(TAGS, (0.5, 1, 1.5, 1.5, 1.5, 5)))
 UNDERSTANDING = dict(zip(TAGS, (1, 1, 3, 1, 5, 8)))
-
-
-CELLS = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
-
 
 def draw_tasks(count: int, weights: dict[str, float], rng: np.random.Generator) -> list[Task]:
     """Tasks of categories in proportion to `weights`."""
     chances = np.array(list(weights.values())) / sum(weights.values())
-    return [draw_task(VOCABULARY, rng, tag=str(tag)) for tag in rng.choice(list(weights), size=count, p=chances)]
+    tags = rng.choice(list(weights), size=count, p=chances)
+    return [draw_task(VOCABULARY, rng, tag=str(tag)) for tag in tags]
 
 
 def cell_classes(objects: list[tuple[str, str, int]]) -> np.ndarray:
@@ -281,7 +300,7 @@ def cell_classes(objects: list[tuple[str, str, int]]) -> np.ndarray:
 
 @dataclass
 class Pool:
-    """Scenes with their codes and what the image tokenizer makes of them, computed once because it is the slow part."""
+    """Scenes with their codes and what the image tokenizer makes of them, computed once, as that is slow."""
 
     tasks: list[Task]
     scenes: list[list[tuple[str, str, int]]]
@@ -297,41 +316,47 @@ def make_pool(model: UnifiedModel, count: int, rng: np.random.Generator) -> Pool
     codes, restored = [], []
     for start in tqdm(range(0, count, 250), desc="encoding scenes", leave=False):
         images = np.stack([paint(scene) for scene in scenes[start : start + 250]])
-        codes.append(model.vqmodel.encode(to_pixels(images)))
+        codes.append(model.vqmodel.encode(from_uint8(images)))
         restored.append(model.to_pixels(codes[-1]))
     return Pool(tasks, scenes, torch.cat(codes), torch.cat(restored))
 
 
-def drawing_loss(model: UnifiedModel, tasks: list[Task], codes: Tensor, noise: float, rng: np.random.Generator) -> Tensor:
-    """Cross-entropy of the codes given their captions: a share `noise` of these swapped for another of the category, a
-    tenth replaced by the guidance's empty prompt."""
-    captions = [draw_task(VOCABULARY, rng, tag=t.tag).prompt if rng.random() < noise else t.prompt for t in tasks]
-    ids, mask = model.generation_prompt(captions)
+def drawing_loss(
+    model: UnifiedModel, tasks: list[Task], codes: Tensor, noise: float, rng: np.random.Generator
+) -> Tensor:
+    """Cross-entropy of the codes [B, N] given their captions: a share `noise` of these swapped for another of
+    the category, a tenth replaced by the guidance's empty prompt."""
+    swapped = lambda task: draw_task(VOCABULARY, rng, tag=task.tag) if rng.random() < noise else task
+    ids, mask = model.generation_prompt([swapped(task).prompt for task in tasks])
     empty = torch.from_numpy(rng.random(len(tasks)) < 0.1)[:, None]
     blank, blank_mask = model.unconditional(ids, mask)
     ids, mask = blank.where(empty, ids), blank_mask.where(empty, mask)
-    if isinstance(model, ShowO):  # of those masked: a share of cos(pi / 2 u), as the sampler's schedule has it
+    learned = torch.ones_like(codes, dtype=torch.bool)
+    if isinstance(model, ShowO):  # of those masked: a share of cos(pi / 2 u), as in the sampler's schedule
         share = torch.from_numpy(np.cos(np.pi / 2 * rng.random(len(codes))))[:, None]
-        masked = torch.from_numpy(rng.random(codes.shape)).argsort(1) < (share * codes.shape[1]).ceil()
-        logits = model.generation_head(model.canvas_hidden(ids, mask, codes, ~masked))
-        return -token_logprobs(logits, codes)[masked].mean()
-    logits = image_logits(model, Images(codes, None, ids, mask), guidance=1, temperature=1)
-    return -token_logprobs(logits, codes).mean()
+        learned = torch.from_numpy(rng.random(codes.shape)).argsort(1) < (share * codes.shape[1]).ceil()
+        logits = model.generation_head(model.canvas_hidden(ids, mask, codes, ~learned))
+    else:
+        zeros = torch.zeros(codes.shape)  # in place of what a sampler records
+        logits = image_logits(model, Images(codes, zeros, ids, mask, zeros), guidance=1, temperature=1)
+    return -score_logits(logits, codes)[0][learned].mean()
 
 
 def say(task: Task, rng: np.random.Generator) -> str:
-    """The answer that is learned. Which of two objects a position is told from is free; four times in five it is the
-    one that is read first, because relations are learned much sooner when most answers say `left of` or `above`."""
-    if task.tag == "position" and task.facts[1]["position"][0] in ("right of", "below") and rng.random() < 0.8:
-        first, second = task.facts
-        relation = [INVERSE[second["position"][0]], 0]
-        return make_task("position", [{"class": second["class"], "count": 1}, {**first, "position": relation}]).answer
-    return task.answer
+    """The answer that is learned. Which of two objects a position is told from is free; four times in five it
+    is the one that is read first, as relations are learned much sooner when most answers say `left of` or
+    `above`."""
+    relation = task.facts[-1].get("position", [""])[0]
+    if relation not in ("right of", "below") or rng.random() >= 0.8:
+        return task.answer
+    first, second = task.facts
+    turned = {**first, "position": [INVERSE[relation], 0]}
+    return make_task("position", [{"class": second["class"], "count": 1}, turned]).answer
 
 
 def ask(task: Task, scene: list[tuple[str, str, int]], rng: np.random.Generator) -> tuple[str, str]:
-    """A question about a scene and its answer: the task's own, or in a third of the pictures of two things where one of
-    them is or what color it has, of which relations and pairs of colors are put together."""
+    """A question about a scene and its answer: the task's own, or in a third of the pictures of two things
+    where one of them is or what color it has, of which relations and pairs of colors are put together."""
     if len(task.facts) == 2 and rng.random() < 1 / 3:
         shape, color, cell = scene[rng.integers(2)]
         where = f"Where is the {shape}?", CELLS[cell]
@@ -342,36 +367,39 @@ def ask(task: Task, scene: list[tuple[str, str, int]], rng: np.random.Generator)
 def understanding_loss(
     model: UnifiedModel, probe: torch.nn.Linear, pool: Pool, count: int, rng: np.random.Generator
 ) -> Tensor:
-    """Cross-entropy of the known answers about true pictures, a third of them as the image tokenizer restores them;
-    plus, for a Janus, that of what each patch holds, read by a linear probe off the aligner, which teaches its encoder
-    to see. (A Show-o sees codes.)"""
+    """Cross-entropy of the known answers about true pictures, a third of them as the image tokenizer restores
+    them; plus, for a Janus, that of what each patch holds, read by a linear probe off the aligner, which
+    teaches its encoder to see. (A Show-o sees codes.)"""
     old = rng.choice(len(pool.tasks), size=count // 3, replace=False)
     tasks = draw_tasks(count - len(old), UNDERSTANDING, rng)
     scenes = [layout(task, rng) for task in tasks]
-    fresh = to_pixels(np.stack([paint(scene) for scene in scenes]))
-    pixels = torch.cat((pool.restored[old], fresh))
+    fresh = from_uint8(np.stack([paint(scene) for scene in scenes]))
+    features = model.image_features(torch.cat((pool.restored[old], fresh)))
     tasks, scenes = [pool.tasks[i] for i in old] + tasks, [pool.scenes[i] for i in old] + scenes
     questions, known = zip(*(ask(task, scene, rng) for task, scene in zip(tasks, scenes)))
-    answers, mask = encode_answers(model, list(known))
-    logits = answer_logits(model, pixels, list(questions), answers)
-    answer_loss = -token_logprobs(logits, answers)[mask].mean()
+    ids, mask = encode_answers(model, known)
+    answer_loss = -answer_logprobs(model, features, questions, ids)[mask].mean()
     if isinstance(model, ShowO):
         return answer_loss
     classes = torch.from_numpy(np.stack([cell_classes(scene) for scene in scenes]))
-    return answer_loss + 0.3 * F.cross_entropy(probe(model.image_features(pixels)).flatten(0, 1), classes.flatten())
+    return answer_loss + 0.3 * F.cross_entropy(
+        probe(model.aligner(features)).flatten(0, 1), classes.flatten()
+    )
 
 
 def learning_rate(step: int, args) -> float:
     """Warm-up and cosine decay, once for the clean captions and again, half as high, for the noisy ones."""
     noisy = step >= args.clean
     done, length = (step - args.clean, args.steps - args.clean) if noisy else (step, args.clean)
-    return (0.5 if noisy else 1.0) * args.lr * min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / length))
+    share = min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / length))
+    return (0.5 if noisy else 1.0) * args.lr * share
 
 
 def train_model(model: UnifiedModel, args: argparse.Namespace, state: Path, log: Callable) -> None:
     """Both directions together, for `args.steps` steps; its state goes into `state` every 200 steps."""
     probe = torch.nn.Linear(CONFIG["text_config"]["hidden_size"], 1 + len(GLYPHS) * len(PALETTE))
-    weights = [p for name, p in model.named_parameters() if not name.startswith("vqmodel.")] + list(probe.parameters())
+    weights = [weight for name, weight in model.named_parameters() if not name.startswith("vqmodel.")]
+    weights += probe.parameters()
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
     start = 0
     if state.exists():
@@ -423,8 +451,7 @@ def new_model(args: argparse.Namespace, work: Path, log: Callable) -> UnifiedMod
             torch.nn.init.normal_(module.weight, std=0.02)
     path = work / "image_tokenizer.safetensors"
     if not path.exists():
-        train = train_image_tokenizer if args.model == "janus" else train_lookup_free_tokenizer
-        train(model.vqmodel, args.tokenizer_steps, args.seed, log)
+        train_image_tokenizer(model.vqmodel, args.tokenizer_steps, args.seed, log)
         save_file(model.vqmodel.state_dict(), path)
     model.vqmodel.load_state_dict(load_file(path))
     return model
@@ -432,19 +459,20 @@ def new_model(args: argparse.Namespace, work: Path, log: Callable) -> UnifiedMod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="pretrain a tiny model; run again to resume")
-    parser.add_argument("--model", choices=["janus", "show-o"], default="janus", help="(default: janus)")
-    parser.add_argument("--out", help="checkpoint folder (default: tiny/janus or tiny/show-o)")
-    parser.add_argument("--start", metavar="FOLDER", help="go on from this checkpoint's weights")
-    parser.add_argument("--tokenizer-steps", type=int, default=700, help="of the image tokenizer")
-    parser.add_argument("--steps", type=int, default=4700, help="of the unified model")
-    parser.add_argument("--batch", type=int, default=96, help="pictures drawn a step")
-    parser.add_argument("--asked", type=int, default=48, help="pictures asked about a step")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--clean", type=int, default=4000, help="first steps, in which every caption is right")
-    parser.add_argument("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
-    parser.add_argument("--scenes", type=int, default=20_000, help="pictures to draw from")
-    parser.add_argument("--guidance", type=float, help="the checkpoint's own (default: 3, for Show-o 2, which is 1 + w = 3)")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--model", choices=["janus", "show-o"], default="janus", help="(default: janus)")
+    add("--out", help="checkpoint folder (default: tiny/janus or tiny/show-o)")
+    add("--start", metavar="FOLDER", help="go on from this checkpoint's weights")
+    add("--tokenizer-steps", type=int, default=700, help="of the image tokenizer")
+    add("--steps", type=int, default=4700, help="of the unified model")
+    add("--batch", type=int, default=96, help="pictures drawn a step")
+    add("--asked", type=int, default=48, help="pictures asked about a step")
+    add("--lr", type=float, default=1.5e-3)
+    add("--clean", type=int, default=4000, help="first steps, in which every caption is right")
+    add("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
+    add("--scenes", type=int, default=20_000, help="pictures to draw from")
+    add("--guidance", type=float, help="the checkpoint's own (default: 3; Show-o's 2, which is 1 + w = 3)")
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out = args.out or f"tiny/{args.model}"
     args.guidance = args.guidance if args.guidance is not None else {"janus": 3.0, "show-o": 2.0}[args.model]

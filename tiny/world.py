@@ -1,9 +1,10 @@
 """The shapes world: scenes of coloured shapes, their renderer, and a detector that never learned anything.
 
-A scene is a 3 x 3 grid of cells on a dark ground; an object is one of eight shapes in one of six colours, seven pixels
-wide, in a cell of its own. Every prompt of `reward.py`'s six categories can be drawn in it, and `detect` reads the
-objects back from pixels alone (nearest palette colour, connected components, template overlap), so that a picture is
-judged by something that took no part in the training. Only numpy; no model is involved.
+A scene is a 3 x 3 grid of cells on a dark ground; an object is one of eight shapes in one of six colours,
+seven pixels wide, in a cell of its own. Every prompt of `reward.py`'s six categories can be drawn in it, and
+`detect` reads the objects back from pixels alone (nearest palette colour, connected components, template
+overlap), so that a picture is judged by something that took no part in the training. Only numpy; no model is
+involved.
 """
 
 import functools
@@ -33,21 +34,20 @@ GLYPHS = {  # seven by seven pixels each
     "bar": (".......", ".......", "#######", "#######", "#######", ".......", "......."),
     "pillar": ("..###..",) * 7,
 }
-VOCABULARY = Vocabulary(tuple(GLYPHS), tuple(PALETTE), (2, 3, 4, 5), ("left of", "right of", "above", "below"))
 STEP = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
+VOCABULARY = Vocabulary(tuple(GLYPHS), tuple(PALETTE), (2, 3, 4, 5), tuple(STEP))
 TEMPLATES = {name: np.array([[c == "#" for c in row] for row in rows]) for name, rows in GLYPHS.items()}
-MOVED = np.array([  # [shapes, 9, 81]: every template at nine positions of a window of nine by nine pixels
-    [np.pad(t, ((y, 2 - y), (x, 2 - x))).ravel() for y in range(3) for x in range(3)] for t in TEMPLATES.values()
-]).astype(int)
+PLACES = [((y, 2 - y), (x, 2 - x)) for y in range(3) for x in range(3)]  # of seven pixels within nine
+MOVED = np.array([[np.pad(t, place).ravel() for place in PLACES] for t in TEMPLATES.values()]).astype(int)
 MIN_OVERLAP = 0.72  # intersection over union from which a component counts as an object
 MIN_PIXELS = 9
 
 
 @functools.cache
 def held_out_tasks(each: int = 20) -> list[Task]:
-    """The world's test suite, the same in every run: `each` entries a category. One with fewer than twice as many tasks
-    holds out a third of them and asks them more than once. Training never draws them. (Their scenes do occur in
-    pretraining, as a real model's contains what GenEval asks for.)"""
+    """The world's test suite, the same in every run: `each` entries a category. One with fewer than twice as
+    many tasks holds out a third of them and asks them repeatedly. Training never draws them. (Their scenes
+    do occur in pretraining, as a real model's contains what GenEval asks for.)"""
     rng, suite = np.random.default_rng(43), []
     for tag in TAGS:
         tasks = {}
@@ -71,7 +71,7 @@ def paint(objects: list[tuple[str, str, int]]) -> np.ndarray:
 
 
 def layout(task: Task, rng: np.random.Generator) -> list[tuple[str, str, int]]:
-    """(shape, colour, cell) triples of which the task's facts are true, all that it leaves open drawn at random."""
+    """(shape, colour, cell) triples of which the task's facts are true, what it leaves open being random."""
     cells = rng.permutation(GRID * GRID)
     if task.tag == "position":  # in one row or column, or a second relation would hold too
         down, right = STEP[task.facts[1]["position"][0]]
@@ -94,7 +94,7 @@ def render(task: Task, rng: np.random.Generator) -> np.ndarray:
 
 
 def components(colors: np.ndarray) -> np.ndarray:
-    """Labels of 8-connected regions of equal colour: [B, H, W] ints -> [B, H, W] ints, unique within an image."""
+    """Labels of 8-connected regions of equal colour: [B, H, W] ints -> [B, H, W] ints, unique in an image."""
     B, H, W = colors.shape
     labels = np.broadcast_to(np.arange(H * W).reshape(1, H, W), colors.shape).copy()
     whole, head, tail = slice(None), slice(None, -1), slice(1, None)
@@ -113,8 +113,8 @@ def components(colors: np.ndarray) -> np.ndarray:
 
 
 def overlaps(mask: np.ndarray) -> dict[str, float]:
-    """Intersection over union of a component [H, W] and each shape, at the best of nine positions around the common
-    centre: the shape moves by up to a pixel each way within a window of nine pixels around the component."""
+    """Intersection over union of a component [H, W] and each shape, at the best of nine positions around the
+    common centre: the shape moves by up to a pixel each way in a window of nine pixels around it."""
     rows, columns = np.nonzero(mask)
     top, left = (rows.min() + rows.max()) // 2 - 4, (columns.min() + columns.max()) // 2 - 4
     window = np.pad(mask, 4)[top + 4 : top + 13, left + 4 : left + 13].ravel()
@@ -123,8 +123,8 @@ def overlaps(mask: np.ndarray) -> dict[str, float]:
 
 
 def detect(images: np.ndarray) -> list[list[dict]]:
-    """The objects in pictures [B, 24, 24, 3] uint8, as the fields of `evaluate.Detection`: class by best template
-    overlap (which is the score), colour by the palette, box as (left, top, right, bottom) in pixels."""
+    """The objects in pictures [B, 24, 24, 3] uint8, as the fields of `evaluate.Detection`: class by best
+    template overlap (which is the score), colour by the palette, box (left, top, right, bottom) in pixels."""
     palette = np.array([*PALETTE.values(), GROUND])
     colors = ((images[..., None, :].astype(int) - palette) ** 2).sum(-1).argmin(-1)  # [B, H, W]
     found = []
