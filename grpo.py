@@ -665,7 +665,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: UnifiedModel, folder
             optimizer.state[weight][key] = tensor
 
 
-# -- the folder ------------------------------------------------------------------------------------------------
+# -- the folder ----------------------------------------------------------------------------------------------
 
 
 def checkpoint(out: Path, step: int) -> Path:
@@ -721,7 +721,7 @@ def open_folder(settings: Settings, script: str) -> tuple[Path, int]:
     return out, start
 
 
-# -- the steps -------------------------------------------------------------------------------------------------
+# -- the steps -----------------------------------------------------------------------------------------------
 
 
 def split(batch: object, size: int) -> list:
@@ -886,7 +886,7 @@ class Run:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    # -- what is measured and written --------------------------------------------------------------------------
+    # -- what is measured and written ------------------------------------------------------------------------
 
     def measure(self, name: str, images: int) -> tuple[dict, list[dict]]:
         """Scores of the held-out prompts, `images` pictures each, and a record of every picture."""

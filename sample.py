@@ -164,7 +164,7 @@ def make_cache(model: UnifiedModel, kept: KVCache, index: Tensor | slice, rows: 
     return cache
 
 
-# -- code after code: Janus ------------------------------------------------------------------------------------
+# -- code after code: Janus ----------------------------------------------------------------------------------
 
 BLOCK = 32  # columns by which a cache and what is read of it grow
 
@@ -260,7 +260,7 @@ def after_prompts(
     return model.language_model(x, positions, attention_mask, kept)
 
 
-# -- all at once, the surest first: Show-o ---------------------------------------------------------------------
+# -- all at once, the surest first: Show-o -------------------------------------------------------------------
 
 
 def mask_schedule(tokens: int, steps: int) -> list[int]:
@@ -395,7 +395,7 @@ def choose_scored(
     return replace(images, logprobs=image_logprobs(model, images, *scoring)[0]) if scoring else images
 
 
-# -- the two families, and what is fast ------------------------------------------------------------------------
+# -- the two families, and what is fast ----------------------------------------------------------------------
 
 
 # How a kind of model draws an image's codes, and what gives the hidden states that predict given ones.
@@ -444,7 +444,7 @@ compiled_step_canvas = torch.compile(step_canvas, dynamic=False, options=OPTIONS
 COMPILING = "compiling the sampler on first use: up to a minute (--no-compile avoids it)"
 
 
-# -- their log-probabilities, again ----------------------------------------------------------------------------
+# -- their log-probabilities, again --------------------------------------------------------------------------
 
 
 def image_logits(
@@ -484,7 +484,7 @@ def image_logprobs(
     return logprobs * (images.weights > 0), entropy
 
 
-# -- as something that a gradient goes through -----------------------------------------------------------------
+# -- as something that a gradient goes through ---------------------------------------------------------------
 
 
 def relaxed_codes(
