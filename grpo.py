@@ -511,7 +511,7 @@ def add_measures(world: World, settings: Settings, device: torch.device) -> None
             raise UserError(f"--true-images {settings.true_images}: {min(unknown)!r} is not a known object")
 
 
-# -- models: whole on every rank or in shards; all weights learn, or adapters ---------------------------------
+# -- models: whole on every rank or in shards; all weights learn, or adapters --------------------------------
 
 
 class Adapted(nn.Linear):
