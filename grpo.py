@@ -128,7 +128,7 @@ class Settings:
     detector: str | None = flag(str, "judges held-out pictures of a real model", metavar="FOLDER")
     detector_clip: str = flag(str, "names colors for it", evaluate.CLIP, metavar="FOLDER")
     true_images: str | None = flag(str, "true pictures in GenEval's layout, to ask about", metavar="FOLDER")
-    stop_on_gap: bool = flag(None, "save and stop where self-reward may be hacked (else: warn)", False)
+    stop_on_gap: bool = flag(None, "save and stop where self-reward may be hacked (default: warn)")
     tensorboard: bool = flag(None, "metrics and sheets for TensorBoard, too, where it is installed", False)
     # sampling
     prompts: int = flag(positive(int), "prompts a step, over all ranks")
@@ -762,8 +762,8 @@ class Run:
         self.divide()
         self.draw_task, self.vocabulary = task_stream(settings, self.policy, self.world)
         add_measures(self.world, settings, self.device)
-        self.board = self.open_board()
         self.out, self.start = agree(partial(open_folder, settings, script))
+        self.board = self.open_board()
         self.folder = folder = checkpoint(self.out, self.start) if self.start else None
         dtype = torch.bfloat16 if settings.bf16 or self.device.type == "cuda" else torch.float32
         self.compute = torch.autocast(self.device.type, dtype, enabled=dtype == torch.bfloat16)

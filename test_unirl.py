@@ -1071,7 +1071,7 @@ def answer_gap(kind, temperature, seeds, monkeypatch, plant=lambda: None) -> flo
     ends = (answers.ids == model.tokenizer.eos_token_id).int()
     mask = ends.cumsum(1) - ends == 0
     assert torch.equal(answers.weights, mask / mask.sum(1, keepdim=True))
-    assert temperature < 1 or not mask.all()
+    assert not answers.logprobs[~mask].any() and (temperature < 1 or not mask.all())
     right = sample.score_logits
     monkeypatch.setattr(sample, "score_logits", lambda logits, ids: right(logits / temperature, ids))
     plant()
@@ -2430,7 +2430,7 @@ def test_chance_alone_is_seldom_called_a_gap():
 @pytest.mark.parametrize("given", [True, False])
 def test_curves_show_the_measures_and_where_they_parted(tmp_path, given):
     """Of a run of ten steps that was measured at the fifth, or never."""
-    lines = [{"step": step, "reward": 0.2} for step in range(1, 11)]
+    lines = [{"step": step, "reward": 0.2 + 0.5 * (step > 5)} for step in range(1, 11)]
     held_out = {"self_reward": 0.6, "detector": 0.3, "true_pictures": None, "parted": ["detector"]}
     lines[4] |= {"held_out": held_out} if given else {}
     before, after = (measured(0.5, 0.5, None), measured(0.7, 0.9, None)) if given else (None, None)
@@ -2440,7 +2440,7 @@ def test_curves_show_the_measures_and_where_they_parted(tmp_path, given):
     curves(tmp_path, tmp_path / "curves.png")
     image = np.asarray(Image.open(tmp_path / "curves.png"))
     for color, step, value, there in [
-        ("#c9c9c9", 8, 0.2, True), ("#d9822b", 2, 0.54, given), ("#d9822b", 5, 0.6, given),
+        ("#c9c9c9", 8, 0.5, True), ("#d9822b", 2, 0.54, given), ("#d9822b", 5, 0.6, given),
         ("#2b6cd9", 5, 0.3, given), ("#2b6cd9", 9, 0.78, given), ("#d03030", 5, 0.9, given),
         ("#3a9d5d", 0, 0.5, False),
     ]:
