@@ -668,6 +668,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: UnifiedModel, folder
 
 
 def checkpoint(out: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
     return out / f"step_{step:06d}"
 
 

@@ -432,6 +432,7 @@ def attend_with_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def step_image_in_loops(*arguments) -> None:
+    """step_image as it is compiled for a CPU."""
     with LoopAttention():
         step_image(*arguments)
 
