@@ -295,8 +295,8 @@ def straight_through(
     that were sampled, and going backward softmax((logits + noise) / tau) -> the picture, as the judge sees
     it.
 
-Returns log-probs and entropies [B, N] of the codes, and the judge's image features, whose gradient reaches
-    the policy.
+    Returns log-probs and entropies [B, N] of the codes, and the judge's image features, whose gradient
+    reaches the policy.
     """
     images = rollout.images
     logits = image_logits(policy, images, settings.guidance, settings.temperature, settings.logprob)
@@ -566,8 +566,8 @@ def prepare(
     """Makes the starting model the policy: parts frozen, adapters, the weights of the checkpoint in `folder`,
     shards. With --shard it comes without content, and rank 0 alone reads a whole one, on the CPU.
 
-Returns the reference, the starting model that never learns, with embeddings, aligners and heads of its own;
-    and the sampler, the policy as a model that draws without another rank: itself, or with a copy of the
+    Returns the reference, the starting model that never learns, with embeddings, aligners and heads of its
+    own; and the sampler, the policy as a model that draws without another rank: itself, or with a copy of the
     trunk's blocks in the compute dtype, where the policy is sharded or computes in bfloat16 (see
     Run.refresh).
     """
@@ -763,8 +763,8 @@ class Run:
         self.divide()
         self.draw_task, self.vocabulary = task_stream(settings, self.policy, self.world)
         add_measures(self.world, settings, self.device)
-        self.out, self.start = agree(partial(open_folder, settings, script))
         self.board = self.open_board()
+        self.out, self.start = agree(partial(open_folder, settings, script))
         self.folder = folder = checkpoint(self.out, self.start) if self.start else None
         dtype = torch.bfloat16 if settings.bf16 or self.device.type == "cuda" else torch.float32
         self.compute = torch.autocast(self.device.type, dtype, enabled=dtype == torch.bfloat16)

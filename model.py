@@ -507,7 +507,8 @@ class UnifiedModel(nn.Module):
 
     def left_pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids [B, T] of rows of unequal length, and mask [B, T], True on what is not padding."""
-        missing = [max(map(len, rows)) - len(row) for row in rows]
+        longest = max(map(len, rows))
+        missing = [longest - len(row) for row in rows]
         ids = [[self.tokenizer.pad_token_id] * pads + row for pads, row in zip(missing, rows)]
         mask = [[False] * pads + [True] * len(row) for pads, row in zip(missing, rows)]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)

@@ -145,7 +145,8 @@ def read_prompts(model: UnifiedModel, ids: Tensor, mask: Tensor) -> tuple[KVCach
     """The trunk's pass over prompts [R, P], each different one once: the images of a group share theirs, and
     all rows of guidance's other branch with as much padding are the same.
 
-Returns the U different prompts' keys and values and last hidden states [U, D], and which each row has [R].
+    Returns the U different prompts' keys and values and last hidden states [U, D], and which each row has
+    [R].
     """
     P = ids.shape[1]
     rows, index = torch.unique(torch.cat((ids, mask), dim=1), dim=0, return_inverse=True)  # [U, 2 P], [R]
@@ -293,8 +294,8 @@ def mask_predict(
     computed once, as text does not see the image. Codes, their log-probs, and the step that committed each,
     all [B, N].
 
-The noise on the confidence is as published: multiplied by (1 - share of steps done) at *every* step, so that
-    it dies much sooner than the linear fall that the published comment suggests.
+    The noise on the confidence is as published: multiplied by (1 - share of steps done) at *every* step, so
+    that it dies much sooner than the linear fall that the published comment suggests.
     """
     B, N, P, S = len(seeds), model.num_image_tokens, ids.shape[1], model.draw_steps
     device, image = model.device, N + 2  # with <|soi|> and <|eoi|>
@@ -453,7 +454,7 @@ def image_logits(
 ) -> Tensor:
     """The logits [B, N, V] that each code of `images` was drawn from, with gradient.
 
-logprob: "guided", the distribution that is sampled; "detached", the same without gradient through the
+    logprob: "guided", the distribution that is sampled; "detached", the same without gradient through the
     unconditional branch; "conditional", the prompt's branch alone, which is *not* what is sampled unless the
     unconditional branch cancels out, but is what published Janus trainers score.
     """
@@ -494,8 +495,8 @@ def relaxed_codes(
     """Straight-through Gumbel-softmax of an image that has been sampled: exactly its one-hots [B, N, V] going
     forward, softmax((logits + noise) / tau) going backward, the noise being what made these codes win.
 
-Given the arg-max c, the largest perturbed logit m is logsumexp(logits) + Gumbel, and the others are Gumbels
-    cut off at m (Maddison et al. 2014; Paulus et al. 2020, "Rao-Blackwellizing the straight-through
+    Given the arg-max c, the largest perturbed logit m is logsumexp(logits) + Gumbel, and the others are
+    Gumbels cut off at m (Maddison et al. 2014; Paulus et al. 2020, "Rao-Blackwellizing the straight-through
     Gumbel-softmax"). Over sampled codes the noise is plain Gumbel(0, 1) again. Each image's comes from its
     own seed. The backward pass goes through each code N `weights` [B, N] times, so that it has no bias where
     only a random part of them is replayed.
