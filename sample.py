@@ -796,7 +796,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, device, compiled = parse_args(), pick_device(), True
+    args, device = parse_args(), pick_device()
     model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     use_draw_steps(model, args.draw_steps)
     if args.image:
@@ -805,7 +805,8 @@ def main() -> None:
         print(sample_answers(model, features, [args.question]).texts[0])
         return
     guidance = model.guidance if args.guidance is None else args.guidance
-    if compiled := not args.no_compile:
+    compiled = not args.no_compile
+    if compiled:
         print(COMPILING, file=sys.stderr)
     pictures, seeds = [], range(args.seed, args.seed + args.n)
     for start in tqdm(range(0, args.n, 16), desc="drawing", unit="batch", disable=None):
