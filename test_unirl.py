@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, Tokenizer, trainers
 import torch
 from torch import Tensor
-from torch.distributed.elastic.utils.distributed import get_free_port
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -2288,9 +2288,23 @@ def test_folders_of_perfect_and_of_shuffled_pictures(tiny, tmp_path, monkeypatch
     assert own["own_images_by_category"] == {tag: float(tag == "single_object") for tag in TAGS}
 
 
+STORES = []
+
+
+def meeting_port() -> str:
+    """Where ranks meet: this process listens there, as torchrun does, so that nobody else takes the port."""
+    STORES.append(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+    return str(STORES[-1].port)
+
+
+def become_rank(rank, ranks, port):
+    """This process, as torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
+                   "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
 def call_as_rank(rank, port, flags, out):
-    """evaluate.py's command line as torchrun starts it, one of two."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    become_rank(rank, 2, port)
     call_evaluate(*flags, out=out)
 
 
@@ -2298,7 +2312,7 @@ def call_as_rank(rank, port, flags, out):
 def test_a_fair_start_is_scored_the_same_at_once_in_two_goes_and_by_two_ranks(name, tmp_path, monkeypatch):
     """A committed checkpoint is neither hopeless nor solved at drawing, far ahead at understanding. Drawing
     goes on where it stopped, and refuses to mix conditions."""
-    suite, saved, port = shapes.held_out_tasks()[::4], Image.Image.save, get_free_port()
+    suite, saved, port = shapes.held_out_tasks()[::4], Image.Image.save, meeting_port()
     monkeypatch.setattr(shapes, "held_out_tasks", lambda: suite)
     flags = "--model", name, "--images-per-prompt", 1, "--batch", 15, "--no-compile"
     start = multiprocessing.get_context("fork").Process
@@ -2838,12 +2852,11 @@ NOBODY = None, None, None
 
 # Runs, one after the other, as one of the ranks. Of each: the script, its arguments, and which rank gets
 # which signal in which step.
-def live(lives: list[tuple], rank: int, ranks: int, ports: list[int], log: Path) -> None:
+def live(lives: list[tuple], rank: int, ranks: int, ports: list[str], log: Path) -> None:
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost")
     for (script, arguments, (victim, number, step)), port in zip(lives, ports):
-        os.environ["MASTER_PORT"] = str(port)
+        become_rank(rank, ranks, port)
         try:
             with struck(number, step if rank == victim else None):
                 sample.run(partial(call, *arguments, script={"grpo": grpo, "sft": sft}[script]))
@@ -2853,7 +2866,7 @@ def live(lives: list[tuple], rank: int, ranks: int, ports: list[int], log: Path)
 
 
 def begin(ranks: int, log: Path, *lives: tuple) -> list:
-    ports, workers = [get_free_port() for _ in lives], []
+    ports, workers = [meeting_port() for _ in lives], []
     for rank in range(ranks):
         workers.append(CHILDREN.Process(target=live, args=(lives, rank, ranks, ports, log), daemon=True))
         workers[-1].start()
