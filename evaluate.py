@@ -170,6 +170,17 @@ def world_of(model: UnifiedModel | None) -> World:
     return shapes_world() if lives_in == "shapes" else World("geneval", REAL, geneval_suite())
 
 
+def asked_for(pictures: list[tuple[dict, list[Path]]]) -> set[str]:
+    """The objects that the lines of `read_folder` ask for."""
+    return {fact["class"] for line, _ in pictures for fact in line["include"]}
+
+
+def refuse_unknown(world: World, pictures: list[tuple[dict, list[Path]]], given: str) -> None:
+    """Raises UserError where a line asks for an object that answers are not read with."""
+    if unknown := asked_for(pictures) - set(world.vocabulary.objects):
+        raise UserError(f"{given}: asks for {min(unknown)!r}, unknown to the {world.name} world")
+
+
 def first_of_each(suite: Sequence[Task], count: int) -> list[Task]:
     """The first `count` tasks of every category, in order."""
     tagged = {tag: [task for task in suite if task.tag == tag] for tag in TAGS}
@@ -351,6 +362,7 @@ def compare(paths: Sequence[str], resamples: int = 10_000) -> str:
             results = json.loads((path / "results.json" if path.is_dir() else path).read_text())
             suites.append(results["conditions"]["suite"])
             records.append(results["images"])
+            summarize(results["images"])
     if suites[0] != suites[1]:
         raise UserError(f"{paths[0]} and {paths[1]} are of different suites: {suites[0]} and {suites[1]}")
     lines = table({"A": summarize(records[0]), "B": summarize(records[1])}).split("\n")
@@ -464,6 +476,9 @@ def curves(run_folder: Path, path: Path, width: int = 640, height: int = 320) ->
 # ---- pictures in files -------------------------------------------------------------------------------------
 
 
+DAMAGED = "cannot be read; delete it and draw it again"
+
+
 def write_suite(path: Path, suite: Sequence[Task]) -> None:
     """The suite as JSON lines; GenEval's own, to the byte, for its 553 prompts."""
     with user_error(f"{path}: cannot be written"):
@@ -497,7 +512,7 @@ def draw_folder(model, world: World, folder: Path, conditions: dict, batch: int,
 
 def open_picture(file: str | Path) -> Image.Image:
     """A picture in RGB, the right way up. Raises UserError where it is damaged."""
-    with user_error(f"{file}: cannot be read; delete it and draw it again"):
+    with user_error(f"{file}: {DAMAGED}"):
         return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
 
 
@@ -509,8 +524,11 @@ def read_folder(folder: Path) -> list[tuple[dict, list[Path]]]:
         with user_error(f"{prompt}/metadata.jsonl: not a line of GenEval's metadata"):
             line = json.loads((prompt / "metadata.jsonl").read_text())
             task_of(line)
-        files = (file for file in (prompt / "samples").glob("*.png") if file.stem.isdigit())
-        pictures.append((line, sorted(files)))
+        files = sorted(file for file in (prompt / "samples").glob("*.png") if file.stem.isdigit())
+        for file in files:
+            with user_error(f"{file}: {DAMAGED}"):
+                Image.open(file).verify()  # checksums alone: a quick look, before hours of scoring
+        pictures.append((line, files))
     each = max((len(files) for _, files in pictures), default=0)
     if not each:
         raise UserError(f"{folder}: has no pictures in GenEval's layout (00000/samples/0000.png)")
@@ -737,10 +755,9 @@ def main() -> None:
         args.model = args.model or "tiny"
         model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         use_draw_steps(model, args.draw_steps)
-    classes = {fact["class"] for line, _ in pictures for fact in line["include"]}
-    world = shapes_world() if model is None and classes <= set(shapes.GLYPHS) else world_of(model)
-    if unknown := classes - set(world.vocabulary.objects):
-        raise UserError(f"{args.images}: asks for {min(unknown)!r}, unknown to the {world.name} world")
+    of_shapes = model is None and asked_for(pictures) <= set(shapes.GLYPHS)
+    world = shapes_world() if of_shapes else world_of(model)
+    refuse_unknown(world, pictures, f"--images {args.images}")
     if args.detector != "none" and not world.detect:
         world.detect = load_detector(args.detector, args.clip, device)
     small = world.name == "shapes"
@@ -756,9 +773,11 @@ def main() -> None:
         }
         draw_folder(model, world, folder, conditions, batch, not args.no_compile)
         pictures = read_folder(folder)
+    note = folder / "conditions.json"
+    known = read_json(note) if note.exists() else {}
     records = score_folder(model, world, pictures, batch)
     if rank == 0:
-        finish(args, world, folder, pictures, records)
+        finish(args, world, folder, known, pictures, records)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -770,11 +789,10 @@ def versions() -> dict[str, str]:
             "transformers": transformers.__version__, "numpy": np.__version__, "machine": machine}
 
 
-def finish(args, world: World, folder: Path, pictures: list, records: list[dict]) -> None:
-    """results.json, report.png and the table. Raises UserError after that where the detector found nothing on
-    most pictures: then it is no measure."""
-    out, note, learned = Path(args.out), folder / "conditions.json", isinstance(world.detect, Detector)
-    known = read_json(note) if note.exists() else {}
+def finish(args, world: World, folder: Path, known: dict, pictures: list, records: list[dict]) -> None:
+    """results.json, report.png and the table, with what is known of how the pictures were drawn. Raises
+    UserError after that where the detector found nothing on most pictures: then it is no measure."""
+    out, learned = Path(args.out), isinstance(world.detect, Detector)
     empty = float(np.mean([not record["detections"] for record in records])) if world.detect else None
     broken = learned and empty > 0.5
     if broken:

@@ -67,6 +67,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
 
@@ -469,6 +470,8 @@ def recommend(settings: Settings, preset: dict, model: UnifiedModel) -> None:
             settings.lora and "language_model" in frozen,
         "--shard has no ranks to share between: start it with torchrun":
             settings.shard and not dist.is_initialized(),
+        "--tensorboard: it is not installed (pip install tensorboard)":
+            settings.tensorboard and not find_spec("tensorboard"),
     }.items():
         if so:
             raise UserError(message)
@@ -506,9 +509,7 @@ def add_measures(world: World, settings: Settings, device: torch.device) -> None
         world.detect = evaluate.load_detector(settings.detector, settings.detector_clip, device, flags)
     if settings.true_images:
         world.pictures = evaluate.read_folder(Path(settings.true_images))
-        asked = {fact["class"] for line, _ in world.pictures for fact in line["include"]}
-        if unknown := asked - set(world.vocabulary.objects):
-            raise UserError(f"--true-images {settings.true_images}: {min(unknown)!r} is not a known object")
+        evaluate.refuse_unknown(world, world.pictures, f"--true-images {settings.true_images}")
 
 
 # -- models: whole on every rank or in shards; all weights learn, or adapters --------------------------------
@@ -763,8 +764,11 @@ class Run:
         self.divide()
         self.draw_task, self.vocabulary = task_stream(settings, self.policy, self.world)
         add_measures(self.world, settings, self.device)
-        self.board = self.open_board()
         self.out, self.start = agree(partial(open_folder, settings, script))
+        self.board = None
+        if settings.tensorboard and self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter  # in no requirement, and asked for by few
+            self.board = SummaryWriter(f"{self.out}/tensorboard")
         self.folder = folder = checkpoint(self.out, self.start) if self.start else None
         dtype = torch.bfloat16 if settings.bf16 or self.device.type == "cuda" else torch.float32
         self.compute = torch.autocast(self.device.type, dtype, enabled=dtype == torch.bfloat16)
@@ -984,15 +988,6 @@ class Run:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, line["step"])
             self.board.flush()
-
-    def open_board(self):
-        """TensorBoard's writer, where it is asked for and installed."""
-        if self.settings.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: it is not installed (pip install tensorboard)") from None
-            return SummaryWriter(f"{self.settings.out}/tensorboard") if self.rank == 0 else None
 
     def sheet(self, rollouts: list[Rollout], rewards: list[float], step: int, count: int = 24) -> None:
         """A contact sheet of this rank's trajectories, evenly chosen: prompt, answer, reward."""

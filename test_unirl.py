@@ -2694,7 +2694,7 @@ def test_possible_reward_hacking_is_said_and_can_end_a_run(pocket, tmp_path, cap
 
 def test_metrics_and_sheets_reach_tensorboard(pocket, tmp_path):
     flags = "--model", pocket / "janus", *SHORT, "--eval-every", 1, "--tensorboard", "--out", tmp_path / "run"
-    with patch.dict(sys.modules, {"torch.utils.tensorboard": None}), user_error("pip install tensorboard"):
+    with patch.object(grpo, "find_spec", return_value=None), user_error("pip install tensorboard"):
         call(*flags)
     assert not (tmp_path / "run").exists()
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
