@@ -35,20 +35,17 @@ from PIL import Image, ImageColor
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from tokenizers import decoders, models, pre_tokenizers, processors, Tokenizer, trainers
 import torch
 from torch import Tensor
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import (
     CLIPConfig, CLIPModel, CLIPTokenizer, JanusConfig, JanusForConditionalGeneration, JanusProcessor,
-    Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PhiConfig, PhiModel, PreTrainedTokenizerFast,
-    SwinConfig,
+    LogitsProcessorList, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PhiConfig, PhiModel,
+    PreTrainedTokenizerFast, SwinConfig,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -155,20 +152,6 @@ def small_janus(
 PHI = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
-class BitPixels(nn.Module):
-    """An image tokenizer of 2-bit codes. A code is a pixel: red and green are its bits, blue is red."""
-
-    BITS = torch.tensor([[-1.0, -1, -1], [-1, 1, -1], [1, -1, 1], [1, 1, 1]])  # [V, 3]
-
-    def decode(self, codes: Tensor) -> Tensor:
-        pixels = codes @ self.BITS.to(codes) if codes.is_floating_point() else self.BITS[codes]  # [B, N, 3]
-        return pixels.transpose(1, 2).unflatten(2, (math.isqrt(codes.shape[1]), -1))
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        bits = (pixels[:, :2] > 0).long().flatten(2)
-        return 2 * bits[:, 0] + bits[:, 1]
-
-
 def show_o_tokenizer() -> PreTrainedTokenizerFast:
     """As Phi's, <bos> and <eos> are one token; [PAD] and Show-o's own are the last."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
@@ -177,16 +160,17 @@ def show_o_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def small_show_o(
-    seed: int = 0, codes: int = 4, tokens: int = 9, vqmodel: nn.Module | None = None, **settings
-) -> ShowO:
+def small_show_o(seed: int = 0, codes: int = 4, tokens: int = 9, **settings) -> ShowO:
+    """Its MAGVIT-v2 halves the picture once."""
     tokenizer = show_o_tokenizer()
     words = len(tokenizer)
     settings = {
         "vocab_size": words + codes + 1, "llm_vocab_size": words - 10, "codebook_size": codes,
         "num_vq_tokens": tokens, "phi_config": PHI, "max_seq_length": 100, "steps": 5, **settings,
     }
-    model = ShowO(settings, tokenizer, vqmodel or BitPixels()).eval()
+    names = "encoder_multipliers", "encoder_blocks", "decoder_multipliers", "decoder_blocks"
+    magvit = MAGVITv2({"channels": 32, "bits": codes.bit_length() - 1, **{name: [1, 1] for name in names}})
+    model = ShowO(settings, tokenizer, magvit).eval()
     randomize(model, seed, 2)
     return model
 
@@ -194,12 +178,6 @@ def small_show_o(
 def small_model(kind: str, **settings) -> UnifiedModel:
     """Of one of KINDS."""
     return small_janus(**settings) if kind == "janus" else small_show_o(**settings)
-
-
-def small_magvit(levels: int) -> MAGVITv2:
-    """Of 2-bit codes; `levels` - 1 times halves the picture."""
-    names = "encoder_multipliers", "encoder_blocks", "decoder_multipliers", "decoder_blocks"
-    return MAGVITv2({"channels": 32, "bits": 2, **{name: [1] * levels for name in names}})
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +275,8 @@ def pair(request, tmp_path_factory):
     same_tensors(saved, model)
     twin, report = JanusForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
+    tied = model.lm_head.weight is model.language_model.embed_tokens.weight
+    assert model.guidance == 2.5 and tied == model.config.tie_word_embeddings
     return model, twin, folder
 
 
@@ -310,23 +290,6 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def their_image_logits(twin: JanusForConditionalGeneration, images: Images, keep: list[int], guidance: float):
-    """Guided logits [B, N, V] of transformers' modules; as in its `generate`, the unconditional branch
-    keeps a prompt's first and the last token."""
-    blank = images.ids.where(torch.isin(images.ids, torch.tensor(keep[:2])), keep[2])
-    codes = twin.prepare_embeddings_for_image_generation(images.codes[:, :-1])
-    mask = F.pad(images.mask, (0, codes.shape[1]), value=True).long()
-    inputs = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-
-    def branch(ids):
-        x = torch.cat((twin.get_input_embeddings()(ids), codes), 1)
-        hidden = twin.model.language_model(inputs_embeds=x, **inputs).last_hidden_state
-        return twin.model.generation_head(hidden[:, ids.shape[1] - 1 :])
-
-    return branch(blank) + guidance * (branch(images.ids) - branch(blank))
-
-
-@torch.no_grad()
 def test_pictures_and_features_are_those_of_transformers(pair):
     model, twin, _ = pair
     codes, pixels = random_images(model, PROMPTS).codes, random_pixels(model, 2)
@@ -334,33 +297,27 @@ def test_pictures_and_features_are_those_of_transformers(pair):
     close(model.vqmodel.decode(codes), theirs)
     close(model.vqmodel.decode(torch.eye(model.num_codes)[codes]), theirs)
     assert theirs.std() > 0.1 and model.to_pixels(100 * torch.eye(model.num_codes)[codes]).abs().max() == 1
-    close(model.aligner(model.image_features(pixels)), twin.model.get_image_features(pixels).pooler_output)
+    for image, shown in ((pixels, pixels), (codes, theirs.clamp(-1, 1))):
+        features = twin.model.get_image_features(shown).pooler_output
+        close(model.aligner(model.image_features(image)), features)
     assert epsilons(model) == epsilons(twin)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 5.0])
-def test_image_logits_and_recorded_logprobs_are_those_of_transformers(pair, guidance):
+def test_image_logits_are_those_that_transformers_draws_from(pair):
+    """It draws greedily, with the guidance and the tokens that the saved generation config names, and shows
+    the logits of both branches to whoever processes them."""
     model, twin, _ = pair
-    images = sample_images(model, PROMPTS, [4, 5, 6], guidance, 0.7, compiled=False)
-    keep = model.tokenizer.convert_tokens_to_ids([BOS, IMAGE_TAGS["boi_token"], PAD])
-    theirs = their_image_logits(twin, images, keep, guidance)
-    close(0.7 * image_logits(model, images, guidance, 0.7), theirs)
-    close(images.logprobs, logprobs_of(theirs / 0.7, images.codes))
-    conditional = image_logits(model, images, guidance, 1.0, "conditional")
-    close(conditional, their_image_logits(twin, images, keep, 1.0))
-    assert theirs.std() > 0.5
-
-
-@torch.no_grad()
-def test_greedy_image_of_transformers_is_the_argmax_of_image_logits(pair):
-    """With the guidance and the tokens that the saved generation config names."""
-    model, twin, _ = pair
-    images = random_images(model, PROMPTS)
-    inputs = dict(input_ids=images.ids, attention_mask=images.mask.long())
+    images, seen = random_images(model, PROMPTS), []
+    spy = LogitsProcessorList([lambda ids, logits: seen.append(logits) or logits])
+    inputs = dict(input_ids=images.ids, attention_mask=images.mask.long(), logits_processor=spy)
     images.codes = twin.generate(**inputs, generation_mode="image", do_sample=False)
+    conditional, unconditional = torch.stack(seen, 1).chunk(2)
+    for guidance in (0.0, 1.0, 5.0):
+        theirs = unconditional + guidance * (conditional - unconditional)
+        close(0.7 * image_logits(model, images, guidance, 0.7), theirs)
     assert torch.equal(image_logits(model, images, 2.5, 1.0).argmax(-1), images.codes)
-    assert len(images.codes.unique(dim=0)) > 1
+    assert conditional.std() > 0.5 and len(images.codes.unique(dim=0)) > 1
 
 
 @torch.no_grad()
@@ -527,6 +484,9 @@ def test_show_os_prompts_are_laid_out_as_published(show_o):
     short, long = ([*image, end, *encode(f"USER: \n{text} ASSISTANT:")] for text in ("Who?", "Which colour?"))
     ids, mask = show_o.question_prompt(["Who?", "Which colour?"])
     assert ids.tolist() == [[pad] * (len(long) - len(short)) + short, long] and mask.equal(ids != pad)
+    codes = torch.arange(18).view(2, 9) % 4
+    shown = ids.masked_scatter(ids == show_o.mask_id, codes + first)
+    assert torch.equal(show_o.embed_question(ids, codes), show_o.embed_text(shown))
 
 
 def test_show_o_has_the_published_sizes_and_ids(tmp_path):
@@ -557,35 +517,6 @@ def test_a_prompt_longer_than_show_os_text_window_is_refused():
     assert fits.shape == (1, 5)  # <|t2i|> is not counted
     with user_error("'two blue squares left of a ring'", "text window 4"):
         model.generation_prompt(["aa", PROMPTS[1]])
-
-
-@torch.no_grad()
-def test_padding_does_not_matter(either):
-    """Each image's log-probs and each answer are the same alone, where nothing is padded."""
-    images, features = random_images(either, PROMPTS), either.image_features(random_pixels(either, 3))
-    logprobs, _ = image_logprobs(either, images, 5.0, 0.7)
-    answers = sample_answers(either, features, QUESTIONS, [1, 2, 3], max_tokens=6)
-    for i in range(3):
-        own = slice(i, i + 1)
-        image = random_images(either, PROMPTS[own])
-        image.codes = images.codes[own]
-        close(image_logprobs(either, image, 5.0, 0.7)[0], logprobs[own])
-        answer = sample_answers(either, features[own], QUESTIONS[own], [1 + i], max_tokens=6)
-        length = answer.ids.shape[1]
-        assert torch.equal(answer.ids, answers.ids[own, :length])
-        close(answer.logprobs, answers.logprobs[own, :length])
-
-
-@torch.no_grad()
-def test_images_of_a_question_may_be_codes_one_hots_or_pixels(either):
-    codes = random_images(either, EQUAL).codes
-    ids, _ = either.question_prompt(EQUAL)
-    first = either.embed_question(ids, either.image_features(codes))
-    for image in (torch.eye(either.num_codes)[codes], either.to_pixels(codes)):
-        close(either.embed_question(ids, either.image_features(image)), first, 1e-5)
-    if isinstance(either, ShowO):
-        ids[ids == either.mask_id] = (codes + either.first_code).flatten()
-        assert torch.equal(first, either.embed_text(ids))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -660,7 +591,7 @@ LAYOUTS = ["transformers", "original", "show-o"]
 def stored(tmp_path_factory):
     """A model of each layout and the folder that it is stored in."""
     root = tmp_path_factory.mktemp("stored")
-    model = small_show_o(vqmodel=small_magvit(2), world="shapes")
+    model = small_show_o(world="shapes")
     model.guidance, model.draw_steps = 1.5, 4
     original = small_janus(vision_heads=16, system_prompt=True)  # SigLIP's heads
     models = dict(zip(LAYOUTS, (small_janus(), original, model)))
@@ -695,34 +626,6 @@ def test_a_loaded_model_does_what_the_saved_one_did(stored, layout):
     assert {name: ("meta", tensor.shape) for name, tensor in full.items()} == {
         name: (tensor.device.type, tensor.shape) for name, tensor in empty.items()
     }
-
-
-def test_a_janus_in_transformers_shards_loads_as_it_was(pair, tmp_path):
-    model, twin, folder = pair
-    shards = shutil.copytree(folder, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
-    twin.save_pretrained(shards, max_shard_size="200KB")
-    assert len(list(shards.glob("model-*.safetensors"))) > 2
-    again = load(str(shards))
-    same_tensors(model, again)
-    tied = again.lm_head.weight is again.language_model.embed_tokens.weight
-    assert again.guidance == 2.5 and tied == again.config.tie_word_embeddings
-
-
-def test_a_saved_processor_makes_the_same_prompts(pair):
-    model, _, folder = pair
-    processor = JanusProcessor.from_pretrained(folder)
-    chat = partial(processor.apply_chat_template, add_generation_prompt=True)
-    encode = partial(processor, padding=True, return_tensors="pt")
-
-    def turn(text, *more):
-        return chat([{"role": "user", "content": [*more, {"type": "text", "text": text}]}])
-
-    pictures = [Image.new("RGB", (16, 16))] * 3
-    drawing = encode(text=[turn(text) for text in PROMPTS], generation_mode="image")
-    asking = encode(text=[turn(text, {"type": "image"}) for text in QUESTIONS], images=pictures)
-    ours = model.generation_prompt(PROMPTS), model.question_prompt(QUESTIONS)
-    for theirs, (ids, mask) in zip((drawing, asking), ours):
-        assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask.long(), theirs["attention_mask"])
 
 
 def test_save_replaces_what_was_there_and_keeps_more_files(janus, tmp_path):
@@ -834,13 +737,11 @@ def with_tensor(name: str, value: Tensor | None = None):
 
 
 def without_token(token: str):
-    """A fault: no such token."""
+    """A fault: the tokenizer knows another in its place."""
 
     def spoil(folder: Path) -> None:
-        content = json.loads((folder / "tokenizer.json").read_text())
-        del content["model"]["vocab"][token]
-        added = [one for one in content["added_tokens"] if one["content"] != token]
-        edit_json(folder / "tokenizer.json", model=content["model"], added_tokens=added, post_processor=None)
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace(token, "<another>"))
 
     return spoil
 
@@ -956,15 +857,8 @@ def test_image_file_of_the_models_size_is_read_exactly(janus, tmp_path):
     pixels = sample.read_image(janus, str(tmp_path / "noise.png"))
     close(pixels, sample.from_uint8(noisy_picture(16, 16)[None]), 1e-6)
     assert np.array_equal(sample.to_uint8(pixels)[0], noisy_picture(16, 16))
-
-
-@pytest.mark.parametrize("layout, side", [("transformers", 16), ("show-o", 6)])
-@pytest.mark.parametrize("size", [(40, 20), (20, 40), (16, 3), (1, 1)])
-@pytest.mark.parametrize("kind", ["RGB", "L", "RGBA", "P"])
-def test_image_file_of_any_size_is_made_square(stored, tmp_path, layout, side, size, kind):
-    Image.new(kind, size).save(tmp_path / "any.png")
-    pixels = sample.read_image(stored[layout][0], str(tmp_path / "any.png"))
-    assert pixels.shape == (1, 3, side, side) and pixels.abs().max() <= 1
+    Image.new("P", (16, 1)).save(tmp_path / "flat.png")
+    assert sample.read_image(janus, str(tmp_path / "flat.png")).shape == (1, 3, 16, 16)
 
 
 def test_pictures_are_cut_to_show_os_square(stored):
@@ -975,11 +869,9 @@ def test_pictures_are_cut_to_show_os_square(stored):
 
 
 def test_a_file_that_is_no_image_is_refused(janus, tmp_path):
-    (tmp_path / "text.png").write_text("not an image")
     Image.fromarray(noisy_picture(64, 64)).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 3000)
-    messages = {"text.png": "not an image", "cut.png": "truncated", "none.png": "such file", "": "directory"}
-    for name, words in messages.items():
+    for name, words in {"cut.png": "truncated", "none.png": "such file"}.items():
         with user_error(str(tmp_path / name), words):
             sample.read_image(janus, str(tmp_path / name))
 
@@ -1013,23 +905,11 @@ def test_command_answers_a_question(stored, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == sample_answers(model, features, ["Which color?"]).texts[0] + "\n"
 
 
-BAD_USAGE = (
-    "|a --image b --question c|a --image b|--image b|--question c|a --question c|a -n 0|a -n x|a --seed -1|"
-    "a --guidance -1|a --guidance nan|a --temperature 0|a --temperature inf|a --out b.txt|a --draw-steps 0"
-).split("|")
-
-
-@pytest.mark.parametrize("arguments", BAD_USAGE)
+@pytest.mark.parametrize("arguments", ["a --image b --question c", "--question c", "a -n 0", "a --out b"])
 def test_bad_usage_exits_with_2(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_sample(monkeypatch, *arguments.split())
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
-
-
-def test_an_unknown_model_is_one_line(monkeypatch, capsys):
-    with pytest.raises(SystemExit, match=r"^error: .*no-such-model[^\n]*\Z"):  # Python prints it, exit code 1
-        run_sample(monkeypatch, "a red ring", "--model", "no-such-model")
-    assert capsys.readouterr() == ("", "")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -1138,20 +1018,6 @@ def test_scoring_another_distribution_than_the_sampled_is_seen(either, wrong):
     assert image_gap(either, PROMPTS, 5.0, 0.7, scoring=wrong) > 1e-2
 
 
-def test_modes_have_the_values_and_gradients_of_their_branches(either):
-    """Detached has guided's value, and no gradient through the unconditional branch."""
-    images, w = random_images(either, PROMPTS), either.conditional_weight(4)
-    modes = "guided", "detached", "conditional"
-    guided, detached, cond = (image_logits(either, images, 4.0, 0.5, mode) for mode in modes)
-    uncond = image_logits(either, images, -either.conditional_weight(0), 0.5)
-    assert torch.equal(guided, detached) and (guided - cond).abs().max() > 1
-    for ours, rest in ((guided, (1 - w) * uncond), (detached, (1 - w) * uncond.detach())):
-        theirs = w * cond + rest
-        close(ours, theirs, 1e-3)
-        losses = (logits.square().mean() for logits in (ours, theirs))
-        same_gradients(*losses, either.language_model.norm.weight, 1e-3)
-
-
 def test_each_different_prompt_is_read_once(either, monkeypatch):
     """Two groups of three images, guided: two prompts, and empty ones, a Janus' of two lengths."""
     read, right = [], LanguageModel.forward
@@ -1162,22 +1028,20 @@ def test_each_different_prompt_is_read_once(either, monkeypatch):
     assert read == [prompts, *[12] * draws, prompts, *[12] * scores]
 
 
-@pytest.mark.parametrize("heads, width", [(2, 32), (4, 24)])
-def test_attention_of_one_query_is_the_librarys(heads, width):
-    q, mask = torch.randn(3, 4, 1, width, generator=seeded(0)), (torch.arange(33) % 4 > 0)[None, None, None]
-    k, v = torch.randn(2, 3, heads, 40, width, generator=seeded(1)).narrow(3, 0, 33)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    close(sample.attend_with_one(q, k, v, mask), expected, 1e-5)
-
-
-def test_seed_decides_the_image_whatever_else_is_in_the_batch(either):
-    """Another seed gives another, each use of a seed other numbers, and nobody's own generator moves."""
+def test_seed_decides_image_and_answer_whatever_else_is_in_the_batch(either):
+    """Padding does not matter. Another seed gives another, each use of a seed other numbers, and nobody's own generator moves."""
     before = torch.get_rng_state()
     together = sample_images(either, [*PROMPTS, PROMPTS[0]], [7, 8, 9, 10], 1.0, 2.0, compiled=False)
+    features = either.image_features(together.codes[:3])
+    answers = sample_answers(either, features, QUESTIONS, [7, 8, 9], max_tokens=6)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, [7, 8, 9])):
         alone = sample_images(either, [prompt], [seed], 1.0, 2.0, compiled=False)
         assert torch.equal(alone.codes[0], together.codes[row])
         close(alone.logprobs[0], together.logprobs[row])
+        answer = sample_answers(either, features[row, None], [QUESTIONS[row]], [seed], max_tokens=6)
+        length = answer.ids.shape[1]
+        assert torch.equal(answer.ids[0], answers.ids[row, :length])
+        close(answer.logprobs[0], answers.logprobs[row, :length])
     assert not torch.equal(together.codes[0], together.codes[3])
     uses = sample.IMAGE, sample.ANSWER, sample.NOISE, sample.REPLAY
     numbers = [torch.rand(20, generator=sample.generator(seed, use)) for seed, use in product((1, 2), uses)]
@@ -1188,39 +1052,29 @@ def test_seed_decides_the_image_whatever_else_is_in_the_batch(either):
 # -- the draw ----------------------------------------------------------------------------------------------
 
 
-def chi_square_excess(counts, expected) -> float:
-    """Chi-square of the counts, in standard deviations above its mean (Wilson and Hilferty's cube root), the
-    cells expected fewer than 5 times taken together."""
+def chi_square(counts, expected) -> float:
+    """p-value of the counts, the cells expected fewer than 5 times taken together."""
     counts, expected = (np.asarray(cells, float).flatten() for cells in (counts, expected))
     rare = expected < 5
-    counts, expected = (np.append(cells[~rare], cells[rare].sum()) for cells in (counts, expected))
-    free = (expected > 0).sum() - 1
-    chi_square = ((counts - expected) ** 2 / expected.clip(min=1e-9)).sum()
-    return ((chi_square / free) ** (1 / 3) - 1 + 2 / (9 * free)) / math.sqrt(2 / (9 * free))
+    if rare.any():
+        counts, expected = (np.append(cells[~rare], cells[rare].sum()) for cells in (counts, expected))
+    return stats.chisquare(counts, expected, sum_check=False).pvalue
 
 
 def test_draw_follows_the_softmax_and_gives_its_logprobs():
     logits = 1.5 * torch.randn(16, generator=seeded(0))
     tokens, logprobs = draw(logits.expand(20_000, 16), torch.rand(20_000, generator=seeded(1)))
     counts, exact = torch.bincount(tokens, minlength=16), logits.double().log_softmax(0)
-    assert chi_square_excess(counts, 20_000 * exact.exp()) < 3
-    assert chi_square_excess(counts, 20_000 * (logits.double() / 1.1).softmax(0)) > 6
+    assert chi_square(counts, 20_000 * exact.exp()) > 0.001
+    assert chi_square(counts, 20_000 * (logits.double() / 1.1).softmax(0)) < 1e-9
     close(logprobs.double(), exact[tokens], 1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-def test_draw_never_takes_an_impossible_code_and_reaches_the_first_and_the_last(scale):
-    """Impossible are logits of -inf, in every other row of -1e4: half of them, among them the ends."""
-    logits = scale * torch.randn(2000, 500, generator=seeded(0))
-    impossible = torch.rand(2000, 500, generator=seeded(1)) < 0.5
-    impossible[:, :3], impossible[:, 3], impossible[:, -2:] = True, False, True
-    for rows, value in ((slice(0, None, 2), -1e4), (slice(1, None, 2), -math.inf)):
-        logits[rows] = logits[rows].masked_fill(impossible[rows], value)
-    last = ((logits.softmax(-1) > 1e-4) * torch.arange(500)).amax(1)
-    for u, least, most in ((0.0, 3, 3), (0.5, 3, 497), (1 - 2**-24, last, 497)):
-        tokens, logprobs = draw(logits, torch.full((2000,), u))
-        assert (least <= tokens).all() and (tokens <= most).all() and logprobs.isfinite().all()
-        assert not impossible.gather(1, tokens[:, None]).any()
+def test_draw_reaches_the_first_and_the_last_possible_code_and_no_impossible_one():
+    logits = torch.randn(2000, 500, generator=seeded(0))
+    logits[:, :3], logits[:, -2:] = -math.inf, -math.inf
+    first, last = (draw(logits, torch.full((2000,), u))[0] for u in (0.0, 1 - 2**-24))
+    assert (first == 3).all() and (last == 497).all()
 
 
 @torch.no_grad()
@@ -1261,7 +1115,7 @@ def test_compiled_sampler_draws_the_same_images_which_follow_their_enumerated_pr
     counts = torch.bincount(cells @ torch.tensor([size**2, size, 1]), minlength=size**3)
     expected = count * chances.flatten()
     assert expected.sum().item() == pytest.approx(count, rel=1e-5)
-    assert chi_square_excess(counts, expected) < 3 < chi_square_excess(counts, [count / size**3] * size**3)
+    assert chi_square(counts, expected) > 0.001 > chi_square(counts, [count / size**3] * size**3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -1320,10 +1174,10 @@ def test_random_subsets_of_steps_are_drawn_evenly_and_scored_as_recorded(show_o)
     close(some.weights, expected.weights, 1e-6)
     assert torch.equal(some.logprobs, expected.logprobs)
     close(image_logprobs(show_o, some, 0.0, 1.5)[0], some.logprobs)
-    for half in (images.codes[:, 0] == 0, images.codes[:, 0] != 0):
+    for half in (images.codes.sum(1) % 2 == 0, images.codes.sum(1) % 2 == 1):
         drawn = Counter(tuple(sorted(row)) for row in some.replayed[half].tolist())
         counts = [drawn[pair] for pair in combinations(range(5), 2)]
-        assert chi_square_excess(counts, [half.sum() / 10] * 10) < 3
+        assert chi_square(counts, [half.sum() / 10] * 10) > 0.001
     assert all(choose_scored(show_o, images, [], None, count) is images for count in (None, 0, 5))
 
 
@@ -1336,7 +1190,7 @@ def toy():
     """Two Show-os, a policy and a reference, that draw four codes of two kinds in two steps; of the sixteen
     images in one ORDER, the log-probs [16, 4, 2] of what each may draw for each code, the first step's given
     masks, the second's given the first's; the images, of the weight of their chance; these chances [16]."""
-    models, tables = [small_show_o(seed, codes=2, tokens=4, steps=2).double() for seed in (0, 1)], []
+    models, tables = [small_show_o(seed, codes=2, tokens=4, steps=2).double() for seed in (6, 9)], []
     for model, codes in product(models, ALL_IMAGES):
         rows = model.generation_prompt(["a"])
         steps = [guided_by_hand(model, rows, codes[None], ORDER[None] < step, 3.0) for step in (0, 1)]
@@ -1406,7 +1260,7 @@ def test_remasking_has_its_enumerated_mean(toy):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
     monkeypatch.setattr(sample, "CHUNK", 4)
-    model = small_model(kind, codes=640, **({} if kind == "janus" else {"tokens": 16}))
+    model = small_model(kind, codes=512, **({} if kind == "janus" else {"tokens": 16}))
     images = sample_images(model, PROMPTS, [1, 2, 3], 2.0, 0.8, compiled=False)
     images.weights[:, ::3], sizes = 0, []  # what is not scored
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -1485,14 +1339,6 @@ def test_objective_by_hand(monkeypatch):
 # -- through the image -------------------------------------------------------------------------------------
 
 
-def kolmogorov_smirnov(values: np.ndarray) -> float:
-    """Asymptotic p-value that `values` come from Gumbel(0, 1)."""
-    cdf, terms = np.exp(-np.exp(-np.sort(values))), np.arange(1, 101)
-    ranks = np.arange(len(values) + 1) / len(values)
-    distance = max((ranks[1:] - cdf).max(), (cdf - ranks[:-1]).max()) * len(values) ** 0.5
-    return float(2 * ((-1.0) ** (terms - 1) * np.exp(-2 * terms**2 * distance**2)).sum())
-
-
 @pytest.mark.parametrize("fault", ["", "winner raised", "others not cut off", "not conditioned"])
 def test_conditional_gumbel_noise_is_won_by_the_sampled_code_and_is_gumbel_noise(fault):
     """The arg-max is the sampled code in all of 1e5 draws; over these, every code's noise is Gumbel(0, 1),
@@ -1508,8 +1354,9 @@ def test_conditional_gumbel_noise_is_won_by_the_sampled_code_and_is_gumbel_noise
         if fault != "not conditioned":
             noise = noise.scatter(-1, chosen, top - logits.gather(-1, chosen))
     wins = ((logits + noise).argmax(-1) == codes).all()
-    likely = min(kolmogorov_smirnov(noise[..., v].flatten().double().numpy()) for v in range(5)) > 0.001
-    correlated = np.abs(np.corrcoef(noise.flatten(0, 1).T.numpy()) - np.eye(5)).max() > 4.5 / 1e5**0.5
+    noises = noise.flatten(0, 1).T.double().numpy()  # [5, 1e5]
+    likely = min(stats.kstest(values, "gumbel_r").pvalue for values in noises) > 0.001
+    correlated = np.abs(np.corrcoef(noises) - np.eye(5)).max() > 4.5 / 1e5**0.5
     assert (wins and likely and not correlated) == (not fault)
 
 
@@ -1602,22 +1449,6 @@ def test_end_to_end_gradient_reaches_what_learns_and_nothing_else(tiny, judge):
     assert torch.equal(again, rollout.reference_images)
 
 
-def test_what_an_end_to_end_step_keeps_is_linear_in_its_images():
-    """What is kept for the backward pass of two, four and six; recomputing keeps less than half."""
-    model, kept, tasks = small_janus(), [], [SimpleNamespace(answer="red")] * 6
-    for recompute, count in product((False, True), (2, 4, 6)):
-        model.recompute(recompute)
-        images, sizes = random_images(model, ["a"] * count), []
-        rollout = grpo.Rollout(tasks[:count], range(count), images, None, ["?"] * count, None)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-            features = grpo.straight_through(model, model, rollout, objective_settings())[2]
-            sft.answer_loss(model, rollout, features)
-        kept.append(sum(sizes))
-    for two, four, six in (kept[:3], kept[3:]):
-        assert six - four == pytest.approx(four - two, rel=0.02) and four > two
-    assert kept[4] - kept[3] < 0.5 * (kept[1] - kept[0])
-
-
 # -- one step of both trainers -----------------------------------------------------------------------------
 
 STEPS = [("janus", {}), ("show-o", {}), ("show-o", {"replay_steps": 2}), ("show-o", {"estimator": "remask"})]
@@ -1650,10 +1481,13 @@ def test_first_update_is_on_policy(kind, estimator, mode):
         gradients = torch.autograd.grad(loss, list(model.language_model.parameters()))
         assert all(g.isfinite().all() for g in gradients) and max(g.abs().max() for g in gradients) > 1e-4
     assert learned[0][1]["ratio"].item() == pytest.approx(3, abs=1e-4)
+    run = SimpleNamespace(settings=grpo.GRPOSettings(reward="likelihood"), answerer=model)
+    likelihoods = grpo.self_reward(run, rollout)
     for i, task in enumerate(rollout.tasks):  # of answers of different lengths, each the mean over its own
         ids, _ = encode_answers(model, [task.answer])
         alone = answer_logprobs(model, rollout.image_features[i : i + 1], [task.question], ids)
         sums["loss_answer"] = sums["loss_answer"] + alone.mean()
+        assert likelihoods[i] == pytest.approx(alone.sum().exp().item(), rel=1e-3)
     assert sums["loss_answer"].item() == pytest.approx(0, abs=1e-4)
     if mode == "two-stage":
         images = rollout.images
@@ -1664,24 +1498,6 @@ def test_first_update_is_on_policy(kind, estimator, mode):
         expected = captioned[0] + empty[1] + captioned[2]
         assert sums["loss_image"].item() == pytest.approx(expected.item(), rel=1e-4)
         assert abs(captioned[1] - empty[1]) > 1e-2
-
-
-def test_many_images_drawn_at_once_are_those_drawn_a_few_at_a_time(either):
-    """A rollout of six cut into micro-batches of two: the same trajectories, the same objective. With SigLIP
-    frozen its features are kept, and the objective is that of the pixels."""
-    settings = objective_settings(answer_weight=0.3, replay_steps=2, freeze=["vision_model"])
-    run = SimpleNamespace(sampler=either, answerer=either, settings=settings)
-    whole = small_rollout(either, either, settings, 6)
-    for first, part in zip((0, 2, 4), grpo.split(whole, 2), strict=True):
-        alone = grpo.roll_out(run, whole.tasks[first : first + 2], whole.seeds[first : first + 2])
-        assert torch.equal(part.images.codes, alone.images.codes)
-        assert part.answers.texts == alone.answers.texts
-        alone = referred(alone, either, settings)
-        losses = [
-            grpo.objective(either, either, rollout, torch.tensor([1.0, -0.5]), how)[0].item()
-            for rollout, how in ((part, settings), (alone, replace(settings, freeze=[])))
-        ]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("dropout, right", [(0.0, [1, 3]), (1.0, [1, 3]), (0.0, [])])
@@ -1715,97 +1531,27 @@ def test_sft_learns_from_pictures_that_were_answered_right_and_no_others(dropout
 # -- a pretended accelerator -------------------------------------------------------------------------------
 
 
-class Far(Tensor):
-    """A tensor that says it is on a device, computes on the CPU, and refuses to meet one that is not."""
-
-    @staticmethod
-    def __new__(cls, near: Tensor):
-        return Tensor._make_wrapper_subclass(
-            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
-            device="far:0", requires_grad=near.requires_grad,
-        )
-
-    def __init__(self, near: Tensor):
-        self.near = near
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return compute_far(func, args, kwargs or {})
-
-
-def near(value):
-    return value.near if isinstance(value, Far) else value
-
-
-def far(value):
-    return Far(value) if isinstance(value, Tensor) and not isinstance(value, Far) else value
-
-
-def compute_far(func, args, kwargs):
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    is_far, device = any(isinstance(t, Far) for t in tensors), kwargs.get("device")
-    if is_far and func.name() not in ("aten::_to_copy", "aten::copy_"):
-        left = [tuple(t.shape) for t in tensors if t.dim() and not isinstance(t, Far)]
-        assert not left, f"{func.name()}: a tensor on the CPU meets one on the device: {left}"
-    if device is not None:
-        is_far, kwargs = torch.device(device).type == "far", {**kwargs, "device": "cpu"}
-    out = func(*tree_map(near, args), **tree_map(near, kwargs))
-    if args and isinstance(args[0], Far) and func.name().endswith("_"):
-        return args[0]
-    return tree_map(far, out) if is_far else out
-
-
-class FarDevice(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return compute_far(func, args, kwargs or {})
-
-
-class FarCalls(TorchFunctionMode):
-    """What goes round the dispatcher."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func in (Tensor.tolist, Tensor.numpy):
-            return func(near(args[0]))
-        if func is torch.tensor:
-            device = torch.device(kwargs.pop("device", None) or "cpu")
-            return far(func(*args, **kwargs)) if device.type == "far" else func(*args, **kwargs)
-        if func not in (Tensor.to, Tensor.cpu):
-            return func(*args, **kwargs)
-        words = ["cpu"] if func is Tensor.cpu else [*args[1:], *kwargs.values()]
-        dtypes = [word for word in words if isinstance(word, torch.dtype)]
-        devices = [torch.device(word).type for word in words if isinstance(word, str | torch.device)]
-        out = Tensor.to(args[0], *dtypes) if dtypes else args[0]
-        return {"far": far, "cpu": near}[devices[0]](out) if devices else out
-
-
-@pytest.fixture(scope="module")
-def far_device():
-    torch.ones(1, requires_grad=True).sum().backward()  # autograd's threads start, before they know it
-    _setup_privateuseone_for_python_backend("far")
-
-
 @pytest.mark.parametrize("kind, mode", [("janus", "end-to-end"), ("show-o", "two-stage")])
-def test_a_step_stays_on_the_models_device(kind, mode, far_device, monkeypatch):
-    """Rollout, answers, scores and both objectives, forward only, are as on the CPU; and a tensor left there
-    is seen."""
-    right, changes = sample.generator, {} if kind == "janus" else dict(replay_steps=2)
-    monkeypatch.setattr(sample, "generator", lambda seed, use, device="cpu": right(seed, use))
-    monkeypatch.setattr(grpo, "sample_answers", partial(sample_answers, max_tokens=3))
-    expected, model = one_step(small_model(kind), mode, **changes), small_model(kind)
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(Far(weight.detach()))
-    with FarCalls(), FarDevice():
+def test_a_step_stays_on_the_models_device(kind, mode, monkeypatch):
+    """The model's is the CPU. What is made without saying where is on another, "meta", and cannot meet it."""
+
+    def on_the_cpu(function, *arguments):
+        with torch.device("cpu"):
+            return function(*arguments)
+
+    model, changes = small_model(kind), {} if kind == "janus" else dict(replay_steps=2)
+    expected, *wanted = one_step(model, mode, **changes)
+    assert sample.uniform_numbers([1], sample.IMAGE, 2, torch.device("meta")).is_meta
+    for name in ("uniform_numbers", "mask_schedule"):
+        monkeypatch.setattr(sample, name, partial(on_the_cpu, getattr(sample, name)))
+    with torch.device("meta"):
         rollout, *learned = one_step(model, mode, **changes)
-        for owner, name in ((sample, "uniform_numbers"), (sample, "positions_of"), (sft, "encode_answers")):
-            with monkeypatch.context() as patch, pytest.raises(AssertionError, match="on the CPU meets"):
-                patch.setattr(owner, name, lambda *a, right=getattr(owner, name): tree_map(near, right(*a)))
-                one_step(model, mode, **changes)
-    assert torch.equal(near(rollout.images.codes), expected[0].images.codes)
-    assert rollout.answers.texts == expected[0].answers.texts
-    for (loss, _), (wanted, _) in zip(learned, expected[1:]):
-        assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
+        monkeypatch.setattr(sample, "positions_of", lambda mask: torch.zeros(mask.shape))
+        with pytest.raises(RuntimeError):
+            one_step(model, mode, **changes)
+    assert rollout.answers.texts == expected.answers.texts
+    for (loss, _), (value, _) in zip(learned, wanted):
+        assert loss.item() == pytest.approx(value.item())
 
 
 # ---- reward.py: tasks, prompts, answers --------------------------------------------------------------------
@@ -2484,7 +2230,7 @@ RUNS = {
 def pocket(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pocket")  # of small random models, whose images are of 2 x 2 codes
     save(small_janus(image_size=8, layers=1, codes=8), folder / "janus")
-    save(small_show_o(tokens=4, steps=2, vqmodel=small_magvit(2)), folder / "show-o")
+    save(small_show_o(tokens=4, steps=2), folder / "show-o")
     return folder
 
 
@@ -2596,19 +2342,6 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(pocket, tmp_pa
     one, two, three = (contents(tmp_path / f"step_{step:06d}") for step in (1, 2, 3))
     for file in ("model.safetensors", "trainer/optimizer.safetensors"):
         assert one[file] == two[file] != three[file]
-
-
-@torch.no_grad()
-def test_likelihood_reward_is_the_probability_of_the_known_answer(either):
-    tasks = [make_task("single_object", [{"class": name, "count": 1}]) for name in ("apple", "wine glass")]
-    features, asked = either.image_features(random_images(either, EQUAL).codes), [t.question for t in tasks]
-    run = SimpleNamespace(settings=SimpleNamespace(reward="likelihood"), answerer=either)
-    rollout, alone = SimpleNamespace(tasks=tasks, image_features=features, questions=asked), []
-    for i, task in enumerate(tasks):
-        ids = either.tokenizer.encode(task.answer, add_special_tokens=False) + [either.tokenizer.eos_token_id]
-        logprobs = answer_logprobs(either, features[i : i + 1], asked[i : i + 1], torch.tensor([ids]))
-        alone.append(logprobs.sum().exp().item())
-    assert grpo.self_reward(run, rollout) == pytest.approx(alone, rel=1e-3) and min(alone) > 0
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora", 2]], ids=["all weights", "adapters"])
