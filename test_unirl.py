@@ -3,12 +3,11 @@
 Parity with transformers and by independent computations; recorded against recomputed log-probabilities with
 planted faults; enumerations, chi-squares and finite differences of what is sampled and learned; the reader of
 answers, GenEval's rules and the gauge; whole runs: in process, on two ranks, killed, stopped and resumed.
-KILLS=20 kills as often.
 """
 
 import ast
 from collections import Counter
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 import copy
 from dataclasses import fields, replace
 from functools import cache, partial
@@ -28,10 +27,10 @@ import signal
 import sys
 import time
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 from zlib import crc32
 
-from PIL import Image, ImageColor
+from PIL import Image
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -48,14 +47,13 @@ from transformers import (
     PreTrainedTokenizerFast, SwinConfig,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder, JanusVQVAEEncoder
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 import evaluate as evaluate_module
-from evaluate import curves, Detection, evaluate, Gauge, load_detector, read_folder, summarize, verdict, World
+from evaluate import Detection, evaluate, Gauge, load_detector, read_folder, summarize, verdict, World
 import grpo
 import model as model_module
 from model import (
@@ -1029,7 +1027,8 @@ def test_each_different_prompt_is_read_once(either, monkeypatch):
 
 
 def test_seed_decides_image_and_answer_whatever_else_is_in_the_batch(either):
-    """Padding does not matter. Another seed gives another, each use of a seed other numbers, and nobody's own generator moves."""
+    """Padding does not matter. Another seed gives another, each use of a seed other numbers, and nobody's own
+    generator moves."""
     before = torch.get_rng_state()
     together = sample_images(either, [*PROMPTS, PROMPTS[0]], [7, 8, 9, 10], 1.0, 2.0, compiled=False)
     features = either.image_features(together.codes[:3])
@@ -1500,34 +1499,6 @@ def test_first_update_is_on_policy(kind, estimator, mode):
         assert abs(captioned[1] - empty[1]) > 1e-2
 
 
-@pytest.mark.parametrize("dropout, right", [(0.0, [1, 3]), (1.0, [1, 3]), (0.0, [])])
-def test_sft_learns_from_pictures_that_were_answered_right_and_no_others(dropout, right, show_o, monkeypatch):
-    """One step of its loop, on a run that keeps the objectives instead of taking them: six pictures in
-    micro-batches of two. Without a right answer there is nothing to learn, which the log is told."""
-    settings = sft.SFTSettings(guidance=0.0, temperature=2.0, no_compile=True, freeze=[])
-    tasks, updates, logs = draw_tasks(6), [], []
-    models = dict.fromkeys(("policy", "judge", "sampler", "answerer", "reference"), show_o)
-    run = SimpleNamespace(
-        settings=settings, **models, folder=None, vocabulary=None, device=show_o.device, mine=slice(0, 6),
-        compute=nullcontext(), micro_batch=2, rng=np.random.default_rng(0), steps=lambda: [0],
-        draw=lambda step: (tasks, [(tasks, list(range(6)))]), gather=lambda values: values,
-        update=lambda step, objectives: updates.extend(objectives) or {}, log=lambda *a: logs.extend(a),
-        finish=lambda: None,
-    )
-    monkeypatch.setattr(sft, "Run", lambda *_: run)
-    monkeypatch.setattr(sft, "CAPTION_DROPOUT", dropout)
-    monkeypatch.setattr(sft, "score", lambda text, task, _: float(tasks.index(task) in right))
-    sft.main()
-    rollouts, kept, empty = zip(*(update.args[3:6] for update in updates))
-    columns = [torch.cat([getattr(r.images, name) for r in rollouts]) for name in ("codes", "unmask_step")]
-    pictures = [(task.prompt, *(column.tolist() for column in row)) for task, *row in zip(tasks, *columns)]
-    assert bool(logs[5]) == (not right) and logs[4]["buffer"] == len(right)
-    assert [len(part) for part in kept] == [2 if right else 0] * 3
-    for prompt, *row in (picture for part in kept for picture in part):
-        assert (prompt, *(column.tolist() for column in row)) in [pictures[i] for i in right]
-    assert not right or (torch.cat(empty) == bool(dropout)).all()
-
-
 # -- a pretended accelerator -------------------------------------------------------------------------------
 
 
@@ -1857,10 +1828,9 @@ def detector(scorers):
 
 
 def test_colors_are_zero_shot_clip_on_the_masked_crop(detector, monkeypatch):
-    """Against PIL's composite and crop, CLIP's own preprocessing and logits, prompts averaged in numpy."""
+    """Against PIL's composite and crop, CLIP's own embeddings, prompts averaged in numpy."""
     monkeypatch.setattr(evaluate_module, "SHORT", 160)
     rng, line, seen = np.random.default_rng(3), geneval_metadata(make_task("colors", [RED_DOG])), set()
-    prepare = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     prompts = "a photo of a {} dog", "a photo of a {}-colored dog", "a photo of a {} object"
     texts = [prompt.format(color) for color in GENEVAL.colors for prompt in prompts]
     tokens = detector.tokenizer(texts, padding=True, return_tensors="pt")
@@ -1872,7 +1842,7 @@ def test_colors_are_zero_shot_clip_on_the_masked_crop(detector, monkeypatch):
         gray = Image.new("RGB", image.size, "#999")
         crop = Image.composite(image, gray, Image.fromarray(best.mask)).crop(best.box)
         with torch.no_grad():
-            out = detector.clip(**prepare(images=crop, return_tensors="pt"), **tokens)
+            out = detector.clip(pixel_values=detector.clip_pixels(crop)[None], **tokens)
         means = out.text_embeds.numpy().reshape(len(GENEVAL.colors), 3, -1).mean(1)  # of unit vectors
         likeness = means @ out.image_embeds[0].numpy() / np.linalg.norm(means, axis=1)
         assert best.color == GENEVAL.colors[likeness.argmax()]
@@ -1881,7 +1851,7 @@ def test_colors_are_zero_shot_clip_on_the_masked_crop(detector, monkeypatch):
     assert len(seen) > 1  # or the test would not notice a constant
 
 
-@pytest.mark.parametrize("height, width", [(1, 40), (3, 40), (40, 3), (1, 1), (100, 231), (231, 100)])
+@pytest.mark.parametrize("height, width", [(3, 40), (1, 1), (100, 231)])
 def test_crops_of_any_shape_reach_clip_as_open_clip_makes_them(detector, height, width):
     """Rows of one or three pixels are no channels; half a pixel at the centre rounds to even."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -1914,11 +1884,17 @@ def test_the_detectors_preprocessing(detector, monkeypatch):
 # ---- evaluate.py's folders of pictures ---------------------------------------------------------------------
 
 
+EVALUATE = ["--images-per-prompt", 1, "--batch", 15, "--no-compile"]
+SUITE, CHECKPOINTS = shapes.held_out_tasks()[::4], ["tiny", "tiny-show-o"]
+
+
 def call_evaluate(*arguments, out=None):
-    """evaluate.py's command line in this process: what it printed, or what it wrote to results.json."""
+    """evaluate.py's command line in this process, of few of the tiny models' held-out prompts: what it
+    printed, or what it wrote to results.json."""
     printed, folder = io.StringIO(), ["--out", out] if out else []
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, [*arguments, *folder])])
+        patch.setattr(shapes, "held_out_tasks", lambda: SUITE)
         evaluate_module.main()
     return json.loads((out / "results.json").read_text()) if out else printed.getvalue()
 
@@ -1972,8 +1948,7 @@ def test_detectors_that_are_not_at_hand_or_not_detectors(drawn, scorers, tmp_pat
     edit_json(other / "config.json", id2label={str(i): f"thing {i}" for i in range(80)})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for folder, *words in [
-        ("no/detector", "no/detector", "--detector FOLDER"), (tmp_path, "--detector FOLDER"),
-        (scorers / "detector", "no/clip", "--clip FOLDER"), (scorers / "clip", "--detector"),
+        ("no/detector", "--detector FOLDER"), (scorers / "detector", "no/clip", "--clip FOLDER"),
         (lacking, "class_predictor.weight is missing"), (other, "not COCO's 80"),
     ]:
         with user_error(*words):
@@ -1984,14 +1959,11 @@ LINE, PICTURE, ONE = "00001/metadata.jsonl", "00002/samples/0001.png", {"tag": "
 
 
 @pytest.mark.parametrize("file, content, words", [
-    (LINE, "{nonsense", [LINE, "not a line"]), (LINE, '{"tag": "colors",\n "prompt" 3}', [LINE, "line 2"]),
-    (LINE, "[]", [LINE]), (LINE, '{"tag": "smell"}', [LINE, "tag 'smell'"]), (LINE, None, [LINE, "No such"]),
+    (LINE, "{nonsense", [LINE, "not a line"]), (LINE, '{"tag": "smell"}', [LINE, "tag 'smell'"]),
     (LINE, json.dumps({**ONE, "tag": "colors", "include": [DOG]}), [LINE, "should have the keys"]),
-    (LINE, json.dumps({**ONE, "include": [DOG], "exclude": None}), [LINE, "under exclude"]),
     (LINE, json.dumps({**ONE, "include": [fact("yeti")]}), ["yeti"]),
-    (PICTURE, "no picture", [PICTURE, "draw it again"]), (PICTURE, None, ["interrupted, 1 of 10"]),
-    ("00002", None, ["interrupted, 2 of 10"]), ("0*/samples/*.png", None, ["has no pictures"]),
-    ("0*", None, ["GenEval's layout"]), ("conditions.json", "{x", ["conditions.json"]),
+    (PICTURE, "no picture", [PICTURE, "draw it again"]), ("00002", None, ["interrupted, 2 of 10"]),
+    ("0*", None, ["GenEval's layout"]),
 ])
 def test_a_damaged_folder_is_one_line(drawn, tmp_path, file, content, words):
     folder = shutil.copytree(drawn, tmp_path / "copy")
@@ -2003,10 +1975,10 @@ def test_a_damaged_folder_is_one_line(drawn, tmp_path, file, content, words):
         call_evaluate("--images", folder, "--detector", "none", out=tmp_path / "out")
 
 
-def test_folders_of_perfect_and_of_shuffled_pictures(tiny, tmp_path, monkeypatch):
+def test_folders_of_perfect_and_of_shuffled_pictures(tiny, tmp_path):
     """Perfect ones score one, and the tiny model understands nearly all. Shuffled ones score at chance: which
-    picture is right for whose prompt is known here of all pairs. The gauge, given them as true pictures, asks
-    about the same ones. An answer that says but half is wrong."""
+    picture is right for whose prompt is known here of all pairs. A run that is given them as true pictures
+    asks about the same ones."""
     tasks, rng = shapes.held_out_tasks()[::2], np.random.default_rng(0)
     lines, images = [geneval_metadata(task) for task in tasks], [shapes.render(task, rng) for task in tasks]
     order, flags = rng.permutation(len(tasks)), ("--model", "tiny", "--images")
@@ -2021,71 +1993,28 @@ def test_folders_of_perfect_and_of_shuffled_pictures(tiny, tmp_path, monkeypatch
     assert overall == pytest.approx(hits[range(len(tasks)), order].mean())  # categories are equally large
     assert 0.01 < hits.mean() < 0.1 and overall < 0.2
     world = World("shapes", shapes.VOCABULARY, tasks[:2], pictures=read_folder(folder))
-    world.detect = lambda images, metadata: [things(line["include"][0]["class"]) for line in metadata]
-    scores, _ = evaluate(tiny, world, 3.0, images_per_prompt=1, compiled=False)
-    true, own = scores["understanding"], shuffled["scores"]["understanding"]
-    assert true["ground_truth"] == own["own_images"] and scores["generation"]["overall"] == 1
-    assert true["ground_truth_by_category"] == own["own_images_by_category"]
-    reading = Gauge(world, measured(0.5, 0.5, 0.9), 1).read(measured(0.5, 0.5, 0.7), 1)
-    assert reading["parted"] == ["true pictures"]  # for 60 pictures; of two it could be chance
-    halves = SimpleNamespace(texts=[task.facts[0]["class"] for task in tasks])
-    monkeypatch.setattr(evaluate_module, "sample_answers", lambda *_: halves)
-    own = call_evaluate(*flags, folder, out=tmp_path / "c")["scores"]["understanding"]
-    assert own["own_images_by_category"] == {tag: float(tag == "single_object") for tag in TAGS}
+    true, own = evaluate(tiny, world, 3.0, images_per_prompt=1, compiled=False)[0], shuffled["scores"]
+    assert true["understanding"]["ground_truth"] == own["understanding"]["own_images"]
 
 
-STORES = []
-
-
-def meeting_port() -> str:
-    """Where ranks meet: this process listens there, as torchrun does, so that nobody else takes the port."""
-    STORES.append(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
-    return str(STORES[-1].port)
-
-
-def become_rank(rank, ranks, port):
-    """This process, as torchrun starts it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
-                   "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-
-
-def call_as_rank(rank, port, flags, out):
-    become_rank(rank, 2, port)
-    call_evaluate(*flags, out=out)
-
-
-@pytest.mark.parametrize("name", ["tiny", "tiny-show-o"])
-def test_a_fair_start_is_scored_the_same_at_once_in_two_goes_and_by_two_ranks(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_fair_start_is_scored_the_same_at_once_in_two_goes_and_by_two_ranks(name, two, tmp_path):
     """A committed checkpoint is neither hopeless nor solved at drawing, far ahead at understanding. Drawing
     goes on where it stopped, and refuses to mix conditions."""
-    suite, saved, port = shapes.held_out_tasks()[::4], Image.Image.save, meeting_port()
-    monkeypatch.setattr(shapes, "held_out_tasks", lambda: suite)
-    flags = "--model", name, "--images-per-prompt", 1, "--batch", 15, "--no-compile"
-    start = multiprocessing.get_context("fork").Process
-    ranks = [start(target=call_as_rank, args=(rank, port, flags, tmp_path / "two")) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-
-    def interrupted(image, path, form):
-        saved(image, path, form)
-        if "00018" in str(path):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Image.Image, "save", interrupted)
-        call_evaluate(*flags, out=tmp_path / "cut")
+    whole, cut = call_evaluate("--model", name, *EVALUATE, out=tmp_path / "whole"), tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    for picture in list(cut.glob("images/*/samples/*.png"))[:12]:
+        picture.unlink()
     with user_error("12 of 30 pictures are missing"):
-        read_folder(tmp_path / "cut" / "images")
-    whole, cut = (call_evaluate(*flags, out=tmp_path / folder) for folder in ("whole", "cut"))
+        read_folder(cut / "images")
     with user_error("other conditions"):
-        call_evaluate(*flags, "--guidance", 7, out=tmp_path / "cut")
-    for rank in ranks:
-        rank.join()
-    two, scores = json.loads((tmp_path / "two" / "results.json").read_text()), whole["scores"]
-    for record in whole["images"] + cut["images"] + two["images"]:
+        call_evaluate("--model", name, *EVALUATE, "--guidance", 7, out=cut)
+    again = call_evaluate("--model", name, *EVALUATE, out=cut)
+    ranks, scores = json.loads((two / name / "results.json").read_text()), whole["scores"]
+    for record in whole["images"] + again["images"] + ranks["images"]:
         record["file"] = Path(record["file"]).read_bytes()
-    assert whole["images"] == cut["images"] == sorted(two["images"], key=lambda record: record["index"])
-    assert scores == cut["scores"] == two["scores"] and len(whole["images"]) == 30
+    assert whole["images"] == again["images"] == sorted(ranks["images"], key=lambda record: record["index"])
+    assert scores == again["scores"] == ranks["scores"]
     assert 0.3 < scores["generation"]["overall"] < 0.7 and scores["understanding"]["ground_truth"] > 0.95
     assert min(scores["understanding"]["ground_truth_by_category"].values()) > 0.8
 
@@ -2139,9 +2068,8 @@ def test_compare_finds_the_difference_and_only_that(tmp_path):
         error = (variances.sum() ** 0.5 / 6) if name == "overall" else variances[TAGS.index(name)] ** 0.5
         assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
     write_results(other, 0, sha="y")
-    for path, words in ((other, "different suites"), (tmp_path / "nothing.json", "holds no results")):
-        with user_error(words):
-            call_evaluate("--compare", a, path)
+    with user_error("different suites"):
+        call_evaluate("--compare", a, other)
 
 
 # ---- evaluate.py's gap gauge -------------------------------------------------------------------------------
@@ -2178,40 +2106,9 @@ def test_what_fell_while_the_self_reward_did_not(now, images, parted, words):
     assert bool(gauge.warning(reading)) == bool(parted) and words in gauge.warning(reading)
 
 
-def test_chance_alone_is_seldom_called_a_gap():
-    """Two samples of pictures of one model differ by more than two standard errors downwards in about 2.3 %
-    of the cases (the normal distribution's tail)."""
-    first, second = np.random.default_rng(0).binomial((720, 240), 0.5, (10_000, 2)).T / [[720], [240]]
-    readings = [Gauge(WORLD, measured(0.5, before, None), 6).read(measured(0.6, now, None), 2)
-                for before, now in zip(first, second)]
-    assert abs(np.mean([bool(reading["parted"]) for reading in readings]) - 0.0228) < 0.005
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_curves_show_the_measures_and_where_they_parted(tmp_path, given):
-    """Of a run of ten steps that was measured at the fifth, or never."""
-    lines = [{"step": step, "reward": 0.2 + 0.5 * (step > 5)} for step in range(1, 11)]
-    held_out = {"self_reward": 0.6, "detector": 0.3, "true_pictures": None, "parted": ["detector"]}
-    lines[4] |= {"held_out": held_out} if given else {}
-    before, after = (measured(0.5, 0.5, None), measured(0.7, 0.9, None)) if given else (None, None)
-    summary = {"steps": 10, "before": before, "after": after, "parted": {"5": ["detector"]} if given else {}}
-    (tmp_path / "metrics.jsonl").write_bytes(lines_of(lines))
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    curves(tmp_path, tmp_path / "curves.png")
-    image = np.asarray(Image.open(tmp_path / "curves.png"))
-    for color, step, value, there in [
-        ("#c9c9c9", 8, 0.5, True), ("#d9822b", 2, 0.54, given), ("#d9822b", 5, 0.6, given),
-        ("#2b6cd9", 5, 0.3, given), ("#2b6cd9", 9, 0.78, given), ("#d03030", 5, 0.9, given),
-        ("#3a9d5d", 0, 0.5, False),
-    ]:
-        x, y = 36 + int(59.2 * step), 296 - int(272 * value)
-        assert (image[y - 2 : y + 3, x - 2 : x + 3] == ImageColor.getrgb(color)).all(-1).any() == there
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Runs of grpo.py and sft.py
 
-KILLS = int(os.environ.get("KILLS", 1))  # KILLS=20 -k killed: 20 of one rank, 20 of two, half inside a save
 SHORT = ["--steps", 2, "--save-every", 1, "--keep", 0, "--prompts", 3, "--group", 2, "--micro-batch", 3,
          "--lr", "1e-3", "--no-compile", "--no-recompute", "--eval-images", 1]
 BLIND = ["--eval-every", 0]
@@ -2234,10 +2131,29 @@ def pocket(tmp_path_factory):
     return folder
 
 
+STORES = []
+
+
+def meeting_port() -> str:
+    """Where ranks meet: this process listens there, as torchrun does, so that nobody else takes the port."""
+    STORES.append(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+    return str(STORES[-1].port)
+
+
+def become_rank(rank, ranks, port):
+    """This process, as torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
+                   "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def luck(answer, task, *_) -> float:
+    """A reward, as small models know nothing."""
+    return crc32(f"{answer}{task.prompt}".encode()) % 4 / 3
+
+
 def call(*arguments, script=grpo) -> None:
     argv = [script.__name__, *map(str, arguments)]
-    luck = lambda answer, task, *_: crc32(f"{answer}{task.prompt}".encode()) % 4 / 3
-    with patch.object(sys, "argv", argv), patch.object(script, "score", luck):  # small models know nothing
+    with patch.object(sys, "argv", argv), patch.object(script, "score", luck):
         with patch.object(grpo, "GAUGE_PROMPTS", 1):  # a category
             script.main()
 
@@ -2384,27 +2300,31 @@ def test_untouched_adapters_change_nothing_and_merged_ones_are_what_was_trained(
         close(image_logits(plain, images, 3.0, 1.0), adapted, 1e-5 * adapted.abs().max())
 
 
-def test_a_run_with_adapters_saves_them_and_the_weights_that_have_them_merged_in(done, pocket):
-    folder = done("grpo show-o lora") / "step_000002"
-    adapters, saved = load_file(folder / "trainer" / "adapters.safetensors"), state_of(folder)
-    expected = grpo.merged({**state_of(pocket / "show-o"), **adapters})
-    assert len(adapters) > 0 and all(torch.equal(expected[name], saved[name]) for name in expected)
-
-
 def test_a_run_on_own_prompts_draws_from_them_alone(pocket, tmp_path):
     path, true, drawn = tmp_path / "own.jsonl", grpo.roll_out, []
-    names = {"A gold submarine": "submarine", "one kayak, please": "kayak", "my bench": "bench"}
-    facts = [[{"class": name, "count": 1}] for name in names.values()]
-    rows = [json.dumps({"tag": "single_object", "prompt": p, "facts": f}) for p, f in zip(names, facts)]
-    flags = "--model", pocket / "janus", *SHORT, *BLIND, "--tasks", path, "--out", tmp_path / "run"
-    path.write_text("\n".join(rows))
-    with user_error("--tasks", "own.jsonl", "line 3: asks for what a test"):
-        call(*flags)
-    assert not (tmp_path / "run").exists()
-    path.write_text("\n".join(rows[:2]))
+    names = {"A gold submarine": "submarine", "one kayak, please": "kayak"}
+    rows = [{"tag": "single_object", "prompt": text, "facts": [fact(name)]} for text, name in names.items()]
+    path.write_bytes(lines_of(rows))
+    flags = "--tasks", path, "--out", tmp_path / "run", *SHORT, *BLIND, "--steps", 1, "--seed", 1
     with patch.object(grpo, "roll_out", lambda run, *mine: drawn.extend(mine[0]) or true(run, *mine)):
-        call(*flags, "--steps", 1, "--seed", 1)
-    assert len(drawn) == 6 and {task.prompt for task in drawn} == set(list(names)[:2])
+        call("--model", pocket / "janus", *flags)
+    assert len(drawn) == 6 and {task.prompt for task in drawn} == names.keys()
+
+
+def test_sft_learns_from_pictures_that_were_answered_right_and_no_others(pocket, tmp_path):
+    rollouts, replayed, draw, learn = [], [], sft.roll_out, sft.objective
+    spy = lambda *a, **k: rollouts.append(draw(*a, **k)) or rollouts[-1]
+    watch = lambda *inputs: replayed.extend(inputs[4]) or learn(*inputs)
+    with patch.object(sft, "roll_out", spy), patch.object(sft, "objective", watch):
+        call("--model", pocket / "show-o", "--out", tmp_path, *SHORT, *BLIND, "--steps", 1, script=sft)
+    [rollout] = rollouts
+    answered = zip(rollout.tasks, rollout.answers.texts, rollout.images.codes.tolist())
+    right = [(task.prompt, codes) for task, text, codes in answered if luck(text, task) == 1]
+    trainer = tmp_path / "step_000001" / "trainer"
+    prompts = json.loads((trainer / "state.json").read_text())["prompts"]
+    assert list(zip(prompts, load_file(trainer / "buffer.safetensors")["codes"].tolist())) == right
+    assert 0 < len(right) < len(replayed) == 6
+    assert all((kept.prompt, kept.codes.tolist()) in right for kept in replayed)
 
 
 def test_possible_reward_hacking_is_said_and_can_end_a_run(pocket, tmp_path, capsys):
@@ -2415,28 +2335,23 @@ def test_possible_reward_hacking_is_said_and_can_end_a_run(pocket, tmp_path, cap
         with user_error("stopped after step 1, which is saved: possible", "0.50 -> 1.00", "0.90 -> 0.10"):
             call(*life, tmp_path, "--stop-on-gap")
     assert "warning: step 1: possible" in capsys.readouterr().err and grpo.newest(tmp_path) == 1
-    edit_json(tmp_path / "args.json", stop_on_gap=False)
     told = chain([well], repeat({**well, "true_pictures": 0.1}))
     with patch.object(evaluate_module, "measures", lambda scores: next(told)):
-        call("--resume", tmp_path, "--steps", 3)
+        call("--resume", tmp_path, "--steps", 3, "--no-stop-on-gap")
     said, lines = capsys.readouterr().err, read_metrics(tmp_path)
     assert [line.get("held_out", {}).get("parted") for line in lines] == [["true pictures"]] * 2 + [None]
     assert said.count("warning: step 2: possible") == said.count("\nwarning: possible") == 1  # and at the end
-    assert "nothing independent" not in said
 
 
 def test_metrics_and_sheets_reach_tensorboard(pocket, tmp_path):
-    flags = "--model", pocket / "janus", *SHORT, "--eval-every", 1, "--tensorboard", "--out", tmp_path / "run"
-    with patch.dict(sys.modules, {"torch.utils.tensorboard": None}), user_error("pip install tensorboard"):
-        call(*flags)
-    assert not (tmp_path / "run").exists()
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    call(*flags)
-    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    for line in read_metrics(tmp_path / "run"):
-        values = {event.step: event.value for event in events.Scalars("loss")}
-        assert values[line["step"]] == pytest.approx(line["loss"], rel=1e-6)
-    assert len(events.Scalars("held_out/self_reward")) == 1 and len(events.Images("samples")) == 2
+    module, flags = MagicMock(), ["--model", pocket / "janus", *SHORT, "--tensorboard", "--out", tmp_path]
+    with patch.dict(sys.modules, {"torch.utils.tensorboard": module}):
+        call(*flags, "--eval-every", 1)
+    board = module.SummaryWriter.return_value
+    scalars = {(name, step): value for (name, value, step), _ in board.add_scalar.call_args_list}
+    for line in read_metrics(tmp_path):
+        assert scalars["loss", line["step"]] == line["loss"]
+    assert ("held_out/self_reward", 1) in scalars and board.add_image.call_count == 2
 
 
 def refusal(*arguments, script=grpo) -> str:
@@ -2581,6 +2496,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(done, pocket, tmp_pa
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload([__name__, "torch._dynamo", "torch.distributed.fsdp"])
 NOBODY = None, None, None
+CALLS = {"grpo": call, "sft": partial(call, script=sft), "evaluate": call_evaluate}
 
 
 # Runs, one after the other, as one of the ranks. Of each: the script, its arguments, and which rank gets
@@ -2592,7 +2508,7 @@ def live(lives: list[tuple], rank: int, ranks: int, ports: list[str], log: Path)
         become_rank(rank, ranks, port)
         try:
             with struck(number, step if rank == victim else None):
-                sample.run(partial(call, *arguments, script={"grpo": grpo, "sft": sft}[script]))
+                sample.run(partial(CALLS[script], *arguments))
         except SystemExit as end:
             if end.code:
                 raise
@@ -2618,7 +2534,7 @@ TWO = ["grpo", "grpo --shard", "grpo show-o lora --shard", "grpo end-to-end --sh
 @pytest.fixture(scope="module")
 def two(pocket, tmp_path_factory):
     """A folder of TWO, runs of two ranks, each again from its first step on; the first was stopped there by a
-    signal to one rank."""
+    signal to one rank; and of the scores of CHECKPOINTS."""
     root, log, starts = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("log") / "log", []
     for name in TWO:
         run, shard, _ = name.partition(" --shard")
@@ -2627,7 +2543,8 @@ def two(pocket, tmp_path_factory):
         starts.append((script.__name__, [*command, root / name], NOBODY))
     script, command, _ = starts[0]
     stopped = script, [*command[:-1], root / "grpo again"], (1, signal.SIGINT, 0)
-    assert ended(begin(2, log, *starts, stopped)) == [0, 0], log.read_text()
+    scored = [("evaluate", ["--model", name, *EVALUATE, "--out", root / name], NOBODY) for name in CHECKPOINTS]
+    assert ended(begin(2, log, *starts, stopped, *scored)) == [0, 0], log.read_text()
     assert log.read_text().count("stopped after step 1, which is saved") == 1
     assert not (root / "grpo again" / "step_000002").exists()
     for name in TWO[1:]:
@@ -2663,24 +2580,17 @@ def test_a_lost_rank_ends_the_other_with_one_line(lost, pocket, tmp_path):
     assert "Traceback" not in said and grpo.newest(tmp_path / "run") == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2][:KILLS])
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(ranks, done, two, pocket, tmp_path):
-    rng, straight = np.random.default_rng(ranks), done("grpo") if ranks == 1 else two / "grpo"
-    for kill in range(KILLS):
-        out, log, saving = tmp_path / f"run{kill}", tmp_path / "log", kill % 2
-        start = ["--model", pocket / "janus", "--out", out, *SHORT, *RUNS["grpo"][2]]
-        workers = begin(ranks, log, ("grpo", start, NOBODY))
-        while workers[0].is_alive() and not list(out.glob("step_*.partial" if saving else "args.json")):
-            time.sleep(0.001)
-        time.sleep(rng.random() * (0.05 if saving else 2))
-        for worker in workers[: rng.integers(1, ranks + 1)]:
-            worker.kill()
-        assert None not in ended(workers), "a rank hangs"
-        if not (out / "summary.json").exists():
-            again = begin(ranks, log, ("grpo", ["--resume", out], NOBODY))
-            assert ended(again) == [0] * ranks, log.read_text()
-        assert read_metrics(out) == read_metrics(straight) and not list(out.glob("*.partial*"))
-        assert contents(out / "step_000002") == contents(straight / "step_000002")
+def test_killed_while_it_saves_a_run_ends_as_if_it_had_not_been(done, pocket, tmp_path):
+    out = tmp_path / "run"
+    start = ["--model", pocket / "janus", "--out", out, *SHORT, *RUNS["grpo"][2]]
+    [worker] = begin(1, tmp_path / "log", ("grpo", start, NOBODY))
+    while worker.is_alive() and not list(out.glob("step_*.partial")):
+        time.sleep(0.001)
+    worker.kill()
+    assert ended([worker]) == [-signal.SIGKILL]
+    call("--resume", out)
+    assert read_metrics(out) == read_metrics(done("grpo")) and not list(out.glob("*.partial*"))
+    assert contents(out / "step_000002") == contents(done("grpo") / "step_000002")
 
 
 # ------------------------------------------------------------------------------------------------------------
