@@ -5,7 +5,6 @@ planted faults; enumerations, chi-squares and finite differences of what is samp
 answers, GenEval's rules and the gauge; whole runs: in process, on two ranks, killed, stopped and resumed.
 """
 
-import ast
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 import copy
@@ -425,23 +424,6 @@ def test_decoding_is_differentiable_in_one_hots(kind, janus, magvit):
     assert torch.autograd.gradcheck(model.decode, one_hots, fast_mode=True)  # against finite differences
 
 
-def test_the_published_magvit():
-    """Its sizes, and some of its names and shapes."""
-    with torch.device("meta"):
-        shapes = {name: list(tensor.shape) for name, tensor in MAGVITv2({}).state_dict().items()}
-    published = {
-        "encoder.conv_in.weight": [128, 3, 3, 3], "encoder.down.0.block.3.conv2.weight": [128, 128, 3, 3],
-        "encoder.down.1.block.0.nin_shortcut.weight": [256, 128, 1, 1], "encoder.norm_out.bias": [512],
-        "encoder.down.3.downsample.conv.bias": [512], "encoder.mid.attn_1.q.weight": [512, 512, 1, 1],
-        "encoder.conv_out.weight": [13, 512, 3, 3], "encoder.quant_conv.weight": [13, 13, 1, 1],
-        "decoder.post_quant_conv.weight": [13, 13, 1, 1], "decoder.conv_in.weight": [512, 13, 3, 3],
-        "decoder.up.4.block.2.conv1.bias": [512], "decoder.up.4.upsample.conv.weight": [512, 512, 3, 3],
-        "decoder.up.3.block.0.nin_shortcut.bias": [256], "decoder.up.0.block.3.conv1.bias": [128],
-    }
-    assert len(shapes) == 380 and {name: shapes.get(name) for name in published} == published
-    assert not any(name.startswith(("encoder.down.4.down", "decoder.up.0.up")) for name in shapes)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Prompts, masks and padding
 
@@ -450,14 +432,11 @@ def rows_of(mask: Tensor) -> list[str]:
     return ["".join(map(str, row)) for row in mask.int().tolist()]
 
 
-def test_generation_mask_by_hand():
-    """Two padding, two text and three image tokens: text is causal, the image sees all but the padding."""
+def test_masks_by_hand(show_o):
+    """Two padding, two text and three image tokens: text is causal, the image sees all but the padding. Then
+    [PAD] mmu soi code eoi text eoi: everything up to the first eoi is seen by all, the rest is causal."""
     rows = rows_of(generation_mask(torch.tensor([[False, False, True, True]]), 3)[0, 0])
     assert rows == ["1000000", "0100000", "0010000", "0011000", "0011111", "0011111", "0011111"]
-
-
-def test_understanding_mask_by_hand(show_o):
-    """[PAD] mmu soi code eoi text eoi: everything up to the first eoi is seen by all, the rest is causal."""
     pad = show_o.tokenizer.pad_token_id
     ids = torch.tensor([[pad, show_o.mmu, show_o.soi, show_o.mask_id, show_o.eoi, 30, show_o.eoi]])
     rows = rows_of(show_o.question_attention_mask(ids, ids != pad)[0, 0])
@@ -507,6 +486,18 @@ def test_show_o_has_the_published_sizes_and_ids(tmp_path):
     assert layer.self_attn.k_proj.weight.shape == (2048, 2048)
     assert layer.mlp.fc1.weight.shape == (8192, 2048) and model.lm_head.weight.shape == (58498, 2048)
     assert set(epsilons(trunk)) == {1e-5}
+    shapes = {name: list(tensor.shape) for name, tensor in model.vqmodel.state_dict().items()}
+    published = {
+        "encoder.conv_in.weight": [128, 3, 3, 3], "encoder.down.0.block.3.conv2.weight": [128, 128, 3, 3],
+        "encoder.down.1.block.0.nin_shortcut.weight": [256, 128, 1, 1], "encoder.norm_out.bias": [512],
+        "encoder.down.3.downsample.conv.bias": [512], "encoder.mid.attn_1.q.weight": [512, 512, 1, 1],
+        "encoder.conv_out.weight": [13, 512, 3, 3], "encoder.quant_conv.weight": [13, 13, 1, 1],
+        "decoder.post_quant_conv.weight": [13, 13, 1, 1], "decoder.conv_in.weight": [512, 13, 3, 3],
+        "decoder.up.4.block.2.conv1.bias": [512], "decoder.up.4.upsample.conv.weight": [512, 512, 3, 3],
+        "decoder.up.3.block.0.nin_shortcut.bias": [256], "decoder.up.0.block.3.conv1.bias": [128],
+    }
+    assert len(shapes) == 380 and {name: shapes.get(name) for name in published} == published
+    assert not any(name.startswith(("encoder.down.4.down", "decoder.up.0.up")) for name in shapes)
 
 
 def test_a_prompt_longer_than_show_os_text_window_is_refused():
@@ -629,9 +620,8 @@ def test_a_loaded_model_does_what_the_saved_one_did(stored, layout):
 def test_save_replaces_what_was_there_and_keeps_more_files(janus, tmp_path):
     folder = tmp_path / "step"
     save(janus, folder, {"stale.json": {}})
-    save(janus, folder, {"more/state.json": {"step": 7}, "more.safetensors": {"a": torch.ones(2)}})
+    save(janus, folder, {"more/state.json": {"step": 7}})
     assert json.loads((folder / "more" / "state.json").read_text()) == {"step": 7}
-    assert load_file(folder / "more.safetensors")["a"].tolist() == [1, 1]
     assert not (folder / "stale.json").exists() and os.listdir(tmp_path) == ["step"]
 
 
@@ -736,12 +726,8 @@ def with_tensor(name: str, value: Tensor | None = None):
 
 def without_token(token: str):
     """A fault: the tokenizer knows another in its place."""
-
-    def spoil(folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        path.write_text(path.read_text().replace(token, "<another>"))
-
-    return spoil
+    path = "tokenizer.json"
+    return lambda folder: (folder / path).write_text((folder / path).read_text().replace(token, "<another>"))
 
 
 SCALED_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
@@ -753,53 +739,38 @@ INDEX = "model.safetensors.index.json"
 BAD_FOLDERS = {  # layout: faults, and words of the message
     "transformers": [
         *WITHOUT_TOKENS,
-        (missing("config.json"), "copy/config.json"),
         (written("config.json", "{"), "copy/config.json", "JSON"),
-        (written("config.json", "[]"), "copy/config.json", "JSON object"),
-        (written("config.json", "{}"), "model_type None"),
         (configured(model_type="llama"), "model_type 'llama'"),
         (configured("text_config", hidden_size="wide"), "copy", "config.json", "wide"),
         (configured("text_config", hidden_act="relu"), "silu"),
-        (configured("text_config", mlp_bias=True), "biases"),
         (configured("text_config", rope_parameters=SCALED_ROPE), "scaled rotary"),
         (configured("text_config", vocab_size=287), "outside the embedding of 287 rows"),
         (configured("vision_config", use_qk_norm=True), "query/key norms"),
-        (configured("vision_config", patch_size=0), "copy", "config.json"),
         (written("generation_config.json", '{"guidance_scale": -1.0}'), "guidance of -1.0"),
         (written("chat_template.jinja", "{{ nothing.of.this }}"), "make no prompt"),
-        (written("tokenizer.json", "{"), "copy", "tokenizer.json"),
         (missing("tokenizer.json"), "copy", "tokenizer.json"),
         (with_tensor("model.vqmodel.quant_conv.bias"), "'vqmodel.quant_conv.bias' is missing"),
         (with_tensor("model.more", torch.zeros(1)), "'more' is not one of the model's"),
         (with_tensor("model.aligner.fc1.bias", torch.zeros(3)), "'aligner.fc1.bias'", "[3], not [64]"),
         (missing("model.safetensors"), "copy", "model.safetensors", "pytorch_model.bin"),
         (written(INDEX, '{"weight_map": {"more": "model-2.safetensors"}}'), "copy/model-2.safetensors"),
-        (written(INDEX, "{}"), f"copy/{INDEX}"),
-        (written("model.safetensors", ""), "copy/model.safetensors"),
         (written("model.safetensors", "rubbish" * 100), "copy/model.safetensors"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "copy/model.safetensors"),
     ],
     "original": [
         *WITHOUT_TOKENS,
         (configured(gen_vision_config={}), "copy", "config.json", "params"),
-        (with_tensor("gen_vision_model.encoder.conv_in.weight"), "'vqmodel.encoder.conv_in.weight"),
         (with_tensor("language_model.model.norm.weight"), "'language_model.norm.weight' is missing"),
     ],
     "show-o": [
         (missing("tokenizer.json"), "microsoft/phi-1_5", "tokenizer.json", "copy"),
         (missing("magvitv2"), "showlab/magvitv2", "copy/magvitv2"),
-        (missing("magvitv2/pytorch_model.safetensors"), "copy/magvitv2", "model.safetensors"),
         (configured(steps=10), "10 mask-predict steps", "9 tokens"),
-        (configured(steps=2.5), "steps 2.5 is not a whole number"),
         (configured(vocab_size=304), "are not the 304 rows"),
         (configured(codebook_size=8, vocab_size=307), "8 codes", "image tokenizer 4"),
         (configured(w_clip_vit=True), "through CLIP"),
-        (configured(num_vq_tokens="nine"), "num_vq_tokens 'nine' is not a whole number"),
         (configured(num_vq_tokens=8), "8 image tokens", "not a square"),
         (configured("phi_config", hidden_act="relu"), "'relu' for gelu_new"),
         (with_tensor("showo.lm_head.bias"), "'lm_head.bias' is missing"),
-        (with_tensor("mm_projector.0.weight", torch.ones(1)), "'mm_projector.0.weight' is not one of"),
-        (with_tensor("showo.lm_head.bias", torch.ones(3)), "'lm_head.bias' has shape [3]"),
     ],
 }
 
@@ -821,23 +792,14 @@ def test_unknown_names_and_a_hub_out_of_reach(offline, tmp_path):
             load(name)
 
 
-class Malice:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("dump", [torch.save, pickle.dump], ids=["zipped", "bare"])
-def test_pickle_is_never_executed(copy_of, tmp_path, dump):
-    folder, content = copy_of("transformers"), io.BytesIO()
-    dump({"lm_head.weight": Malice(tmp_path / "executed")}, content)
+def test_nothing_but_tensors_is_unpickled(copy_of, dump):
+    folder = copy_of("transformers")
     missing("model.safetensors")(folder)
-    (folder / "pytorch_model.bin").write_bytes(content.getvalue())
-    with user_error("pytorch_model.bin"):
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        dump({"lm_head.weight": os.mkdir}, file)
+    with user_error("pytorch_model.bin", "Weights only"):
         load(str(folder))
-    assert not (tmp_path / "executed").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -880,18 +842,16 @@ def run_sample(monkeypatch, *arguments) -> None:
     sample.run(sample.main)
 
 
+@torch.no_grad()
 def test_command_draws_a_sheet(stored, tmp_path, monkeypatch, capsys):
-    (model, folder), sheet = stored["transformers"], tmp_path / "new folder" / "sheet.png"
-    flags = "-n", 3, "--seed", 5, "--no-compile"
-    run_sample(monkeypatch, "a red ring", *flags, "--model", folder, "--out", sheet)
-    printed = capsys.readouterr().out
-    assert all(words in printed for words in ("3 images", str(sheet), "guidance 5"))
+    (model, folder), shown = stored["transformers"], []
+    monkeypatch.setattr(sample, "contact_sheet", lambda *arguments: shown.append(arguments))
+    flags = "-n", 3, "--seed", 5, "--no-compile", "--out", tmp_path / "sheet.png"
+    run_sample(monkeypatch, "a red ring", *flags, "--model", folder)
     images = sample_images(model, ["a red ring"] * 3, [5, 6, 7], 5.0, compiled=False)
-    with torch.no_grad():
-        expected = sample.to_uint8(model.to_pixels(images.codes))  # [3, 16, 16, 3]
-    tiles = np.split(np.asarray(Image.open(sheet).convert("RGB"))[6:150], 3, axis=1)
-    # Each is 144 wide, between margins of 6.
-    assert all(np.array_equal(tile[4::9, 10:150:9], image) for tile, image in zip(tiles, expected))
+    [(pictures, captions, path)] = shown
+    assert np.array_equal(pictures, sample.to_uint8(model.to_pixels(images.codes)))
+    assert "3 images" in capsys.readouterr().out and captions == ["seed 5", "seed 6", "seed 7"]
 
 
 def test_command_answers_a_question(stored, tmp_path, monkeypatch, capsys):
@@ -1282,20 +1242,13 @@ def objective_settings(**changes) -> grpo.GRPOSettings:
     return grpo.GRPOSettings(**{**plain, "no_compile": True, **changes})
 
 
-def draw_tasks(count: int) -> list:
-    return [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(count)]
-
-
-def referred(rollout: grpo.Rollout, reference: UnifiedModel, settings) -> grpo.Rollout:
-    with torch.no_grad():
-        images, _, answers = grpo.trajectory_logprobs(reference, rollout, settings)
-    return replace(rollout, reference_images=images, reference_answers=answers)
-
-
-def small_rollout(model: UnifiedModel, answerer: UnifiedModel, settings, count: int = 3) -> grpo.Rollout:
+def small_rollout(model: UnifiedModel, answerer: UnifiedModel, settings) -> grpo.Rollout:
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(3)]
     run = SimpleNamespace(sampler=model, answerer=answerer, settings=settings)
-    rollout = grpo.roll_out(run, draw_tasks(count), list(range(5, 5 + count)))
-    return referred(rollout, model, settings)
+    rollout = grpo.roll_out(run, tasks, [5, 6, 7])
+    with torch.no_grad():
+        images, _, answers = grpo.trajectory_logprobs(model, rollout, settings)
+    return replace(rollout, reference_images=images, reference_answers=answers)
 
 
 def test_advantages_by_hand():
@@ -1624,15 +1577,10 @@ def test_own_prompts_are_read_with_what_was_left_out():
 
 
 @pytest.mark.parametrize("row, words", [
-    (b"{not json", "Expecting"), (b"[1]", "no JSON object"), (b"\xff\xfe", "utf-8"), (b'"' + b"[" * 5000, ""),
-    ({"tag": "colour"}, "unknown tag 'colour'"), ({"tag": []}, "unknown tag"), ({"wieght": 2}, "'wieght'"),
-    (lines_of([{"tag": "single_object", "facts": [DOG]}]), "has no prompt"), ({"facts": 7}, "cannot have"),
-    ({"prompt": ""}, "prompt is no text"), ({"answer": None}, "answer is no text"),
-    ({"facts": [fact("Big Ship")]}, "'Big Ship' is not a name"), ({"tag": "colors"}, "should have the keys"),
-    ({"tag": "colors", "facts": [fact("ring", color=3)]}, "3 is not a name"),
-    ({"tag": "counting", "facts": [fact("ring", 70)]}, "no number word"),
-    ({"tag": "position", "facts": place("star", ["above"], "ring")}, "position"),
-    ({"answer": "a ring"}, "earn nothing"), ({"facts": [fact("bench")]}, "test prompt"),  # by its facts,
+    (b"{not json", "Expecting"), (b"[1]", "no JSON object"), ({"tag": "colour"}, "unknown tag 'colour'"),
+    ({"wieght": 2}, "'wieght'"), ({"tag": "colors"}, "should have the keys"),
+    ({"facts": [fact("Big Ship")]}, "'Big Ship' is not a name"), ({"answer": "a ring"}, "earn nothing"),
+    ({"facts": [fact("bench")]}, "test prompt"),  # by its facts,
     ({"prompt": "A black apple and a purple wine glass"}, "test prompt"),  # by its words,
     ({"facts": [fact("whale")]}, "test prompt"),  # or by what the caller excludes
 ], ids=lambda value: str(value)[:40])
@@ -1688,9 +1636,6 @@ def test_the_worlds_detector_reads_back_what_was_painted():
         places = [np.array(one["box"], int)[:2] // shapes.CELL for one in found]
         objects = [(one["name"], one["color"], y * shapes.GRID + x) for one, (x, y) in zip(found, places)]
         assert sorted(objects) == sorted(scene)
-    for name, template in shapes.TEMPLATES.items():  # no two shapes look alike to it
-        overlaps = shapes.overlaps(np.pad(template, 8))
-        assert overlaps.pop(name) == 1 and max(overlaps.values()) < 0.8
 
 
 THING = re.compile(r"(\w+)(?:@(-?\d+),?(\d*))?(?:#(\d+))?(?:=(\w+))?(?:~([.\d]+))?")
@@ -1869,16 +1814,12 @@ def test_the_detectors_preprocessing(detector, monkeypatch):
     none = SimpleNamespace(class_queries_logits=[None], masks_queries_logits=[None])
     monkeypatch.setattr(detector.segmenter, "forward", lambda pixel_values: seen.append(pixel_values) or none)
     monkeypatch.setattr(evaluate_module, "instances", lambda classes, masks, *rest: sizes.append(rest) or [])
-    shown = (96, 96, 3), (60, 160, 3), (1600, 1600, 3)
-    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in shown]
-    detector(images, [{"tag": "colors", "include": []}] * 3)
-    assert sizes[:2] == [((800, 800), (800, 800), (96, 96)), ((512, 1344), (500, 1333), (60, 160))]
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 96, 3), (60, 160, 3))]
+    detector(images, [{"tag": "colors", "include": []}] * 2)
+    assert sizes == [((800, 800), (800, 800), (96, 96)), ((512, 1344), (500, 1333), (60, 160))]
     close(seen[0], Mask2FormerImageProcessorPil()(images=images[0], return_tensors="pt")["pixel_values"])
     assert seen[1].shape[2:] == (512, 1344)
     assert not seen[1][:, :, 500:].any() and not seen[1][..., 1333:].any()
-    halved = images[2].reshape(800, 2, 800, 2, 3).mean((1, 3)).round()  # no antialiasing: between two pixels
-    expected = (halved - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
-    close(seen[2][0].permute(1, 2, 0), torch.tensor(expected))
 
 
 # ---- evaluate.py's folders of pictures ---------------------------------------------------------------------
@@ -2369,17 +2310,12 @@ def refusal(*arguments, script=grpo) -> str:
     ("janus", "--micro-batch 4", "--micro-batch 4 does not divide a rank's 6 images"),
     ("janus", "--shard", "start it with torchrun"),
     ("janus", "--lora 2 --freeze language_model", "leaves --lora nothing"),
-    ("janus", f"--freeze {' '.join(model_module.PARTS)}", "--freeze"),
     ("janus", "--replay-steps 2", "no meaning for a Janus"),
-    ("janus", "--estimator replay", "no meaning for a Janus"),
     ("janus", "--draw-steps 2", "no meaning for a Janus"),
-    ("janus", "--true-images nowhere", "nowhere"),
     ("janus", "--tasks nowhere", "--tasks nowhere"),
     ("janus", "--model janus-9b", "tiny"),
     ("janus", "--out /dev/null/run", "/dev/null/run"),
     ("show-o", "--replay-steps 3", "an image is drawn in 2 steps"),
-    ("show-o", "--replay-steps 1 --estimator remask", "no meaning with --estimator remask"),
-    ("show-o", "--draw-steps 5", "4 tokens"),
 ])
 def test_a_users_mistake_gets_one_line_before_anything_is_written(kind, flags, words, pocket, tmp_path):
     out = tmp_path / "run"
@@ -2392,7 +2328,7 @@ def test_another_runs_folder_and_what_would_make_it_another_run_are_refused(done
     assert "already holds a run" in refusal(*flags, out)
     with patch.object(grpo, "start_ranks", lambda: (0, 2, torch.device("cpu"))):
         assert "cannot be split over 2 ranks" in refusal(*flags, tmp_path / "run")
-    for flag in ("--lr 1", "--seed 3", "--shard", "--model tiny", "--mode end-to-end", "--out elsewhere"):
+    for flag in ("--lr 1", "--shard", "--out elsewhere"):
         assert flag in refusal("--resume", out, *flag.split())
     assert "already has 2 steps" in refusal("--resume", out) + refusal("--resume", out, "--steps", 1)
     assert "holds no run of sft.py" in refusal("--resume", out, script=sft)
@@ -2404,13 +2340,9 @@ def test_another_runs_folder_and_what_would_make_it_another_run_are_refused(done
     assert {**settings, "script": "grpo.py"} == {**json.loads((out / "args.json").read_text()), **now}
 
 
-BOTH = ["--lr -1", "--lr nan", "--lr inf", "--steps 0", "--steps 2.5", "--beta -0.1", "--temperature 0",
-        "--group 0", "--mode three-stage", "--tau 0", "--freeze nose", "--judge detector", "--prompt 8"]
-
-
 @pytest.mark.parametrize("script, flags", [
-    *((script, flags) for script in (grpo, sft) for flags in BOTH),
-    (grpo, "--reward detector"), (grpo, "--buffer 1"), (sft, "--reward exact"), (sft, "--buffer 0"),
+    (grpo, "--lr -1"), (grpo, "--lr nan"), (grpo, "--steps 2.5"), (grpo, "--mode three-stage"),
+    (grpo, "--buffer 1"), (sft, "--buffer 0"), (sft, "--reward exact"),
 ])
 def test_wrong_flags_exit_with_2_and_are_named(script, flags, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -2423,10 +2355,7 @@ def test_wrong_flags_exit_with_2_and_are_named(script, flags, capsys):
 
 @pytest.mark.parametrize("damage", [
     lambda folder: os.truncate(folder / "model.safetensors", 1000),
-    lambda folder: (folder / "model.safetensors").unlink(),
     lambda folder: os.truncate(folder / "trainer" / "optimizer.safetensors", 5000),
-    lambda folder: (folder / "trainer" / "optimizer.safetensors").unlink(),
-    lambda folder: os.truncate(folder / "trainer" / "state.json", 5),
     lambda folder: (folder / "trainer" / "state.json").unlink(),
     lambda folder: edit_json(folder / "trainer" / "state.json", step=1),  # a renamed checkpoint
     lambda folder: (shutil.rmtree(folder), folder.mkdir()),
@@ -2603,23 +2532,16 @@ IMPORTS = {"model.py": "", "sample.py": "model", "reward.py": "", "tiny/world.py
            "sft.py": "grpo model reward sample"}
 
 
-@pytest.mark.parametrize("path", SOURCES)
-def test_nothing_imports_upwards_and_lines_and_functions_are_short(path):
-    nodes, lines = list(ast.walk(ast.parse(SOURCES[path]))), SOURCES[path].splitlines()
-    used = {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    used |= {name.split(".")[0] for name in names}
-    up = {"tiny", "experiments", *(Path(name).stem for name in SOURCES)} - set(IMPORTS.get(path, "").split())
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    assert path not in IMPORTS or not used & up
-    assert not [line for line in lines if len(line) > 110]
-    assert not [node.name for node in functions if node.end_lineno - node.lineno >= 60]
+@pytest.mark.parametrize("path", IMPORTS)
+def test_nothing_imports_upwards(path):
+    used = set(re.findall(r"^(?:import|from) (\w+)", SOURCES[path], re.M))
+    ours = {"tiny", "experiments", *(Path(name).stem for name in SOURCES)}
+    assert used & ours <= set(IMPORTS[path].split())
 
 
 def test_the_readme_names_only_flags_that_exist():
-    both = fields(grpo.GRPOSettings), fields(sft.SFTSettings)
-    ours = {f"--{setting.name.replace('_', '-')}" for settings in both for setting in settings}
+    settings = [*fields(grpo.GRPOSettings), *fields(sft.SFTSettings)]
+    ours = {f"--{setting.name.replace('_', '-')}" for setting in settings}
     written = set(re.findall(r'"(--[a-z-]+)"', "".join(SOURCES.values()))) | {"--nnodes"}  # torchrun's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", (ROOT / "README.md").read_text()))
-    assert [len(settings) for settings in both] == [38, 38]
     assert not {flag for flag in named - written - ours if "_" not in flag}  # torchrun's
