@@ -157,7 +157,7 @@ def show_o_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def small_show_o(seed: int = 0, codes: int = 4, tokens: int = 9, **settings) -> ShowO:
+def small_show_o(seed: int = 1, codes: int = 4, tokens: int = 9, **settings) -> ShowO:
     """Its MAGVIT-v2 halves the picture once."""
     tokenizer = show_o_tokenizer()
     words = len(tokenizer)
@@ -1424,8 +1424,7 @@ def test_first_update_is_on_policy(kind, estimator, mode):
         gradients = torch.autograd.grad(loss, list(model.language_model.parameters()))
         assert all(g.isfinite().all() for g in gradients) and max(g.abs().max() for g in gradients) > 1e-4
     assert learned[0][1]["ratio"].item() == pytest.approx(3, abs=1e-4)
-    run = SimpleNamespace(settings=grpo.GRPOSettings(reward="likelihood"), answerer=model)
-    likelihoods, parts = grpo.self_reward(run, rollout), grpo.split(rollout, 2)
+    parts = grpo.split(rollout, 2)
     for name in ("tasks", "seeds", "questions"):
         assert sum((getattr(part, name) for part in parts), []) == getattr(rollout, name)
     assert torch.equal(torch.cat([part.images.codes for part in parts]), rollout.images.codes)
@@ -1433,8 +1432,13 @@ def test_first_update_is_on_policy(kind, estimator, mode):
         ids, _ = encode_answers(model, [task.answer])
         alone = answer_logprobs(model, rollout.image_features[i : i + 1], [task.question], ids)
         sums["loss_answer"] = sums["loss_answer"] + alone.mean()
-        assert likelihoods[i] == pytest.approx(alone.sum().exp().item(), rel=1e-3)
     assert sums["loss_answer"].item() == pytest.approx(0, abs=1e-4)
+    words = ["a", "is", "the ring"]
+    short = replace(rollout, tasks=[SimpleNamespace(answer=word) for word in words])
+    lengths = encode_answers(model, words)[1].sum(1)
+    chances = (-lengths * sft.answer_loss(model, short, rollout.image_features)).exp().tolist()
+    run = SimpleNamespace(settings=grpo.GRPOSettings(reward="likelihood"), answerer=model)
+    assert grpo.self_reward(run, short) == pytest.approx(chances, rel=1e-3, abs=1e-30)
     if mode == "two-stage":
         images = rollout.images
         ids, mask = model.unconditional(images.ids, images.mask)
@@ -2008,7 +2012,7 @@ def measured(self_reward, detector, true_pictures):
     ((0.6, 0.5, 0.95), 2, ["true pictures"], "reward hacking: self-reward held (0.50 -> 0.60) while"),
     ((0.5, 0.3, 0.9), 2, ["detector", "true pictures"], "true pictures fell 0.10 (1.00 -> 0.90)"),
     ((0.3, 0.3, 0.9), 2, [], ""),  # worse, but it knows
-    ((0.6, 0.45, 1.0), 2, [], ""),  # within two standard errors: 2 sqrt(0.25 / 720 + 0.2475 / 240) = 0.074
+    ((0.6, 0.43, 1.0), 2, [], ""),  # within two standard errors: 2 sqrt(0.25 / 720 + 0.2451 / 240) = 0.074
     ((0.6, 0.42, 1.0), 2, ["detector"], "fell 0.08"),
     ((0.6, 0.5, 0.985), 84, [], ""),  # not chance, but within the margin
     ((0.6, 0.5, 0.975), 84, ["true pictures"], "fell 0.0"),
