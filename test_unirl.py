@@ -1099,7 +1099,7 @@ def test_the_most_confident_codes_are_committed_on_schedule_and_never_change(sho
     calls, right, temperature, left = [], sample.step_canvas, 1.0, [9, *sample.mask_schedule(9, 5)]
     spy = lambda *inputs: calls.append((*inputs[2:4], *right(*inputs))) or calls[-1][2:]
     monkeypatch.setattr(sample, "step_canvas", spy)
-    images = sample_images(show_o, PROMPTS, [4, 5, 6], 2.0, 1.0, compiled=False)
+    images = sample_images(show_o, PROMPTS, [4, 5, 6], 0.0, 4.0, compiled=False)
     uniforms = sample.uniform_numbers([4, 5, 6], sample.IMAGE, 5 * 2 * 9, "cpu").view(3, 5, 2, 9)
     for step, (codes, known, drawn, logprobs, commit) in enumerate(calls):
         assert torch.equal(images.codes[known], codes[known]) and (images.unmask_step[commit] == step).all()
