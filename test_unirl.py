@@ -40,6 +40,10 @@ from torch import Tensor
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import (
     CLIPConfig, CLIPModel, CLIPTokenizer, JanusConfig, JanusForConditionalGeneration, JanusProcessor,
     LogitsProcessorList, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PhiConfig, PhiModel,
@@ -1453,27 +1457,97 @@ def test_first_update_is_on_policy(kind, estimator, mode):
 # -- devices -----------------------------------------------------------------------------------------------
 
 
+class Far(Tensor):
+    """A tensor that says it is on a device, computes on the CPU, and refuses to meet one that is not."""
+
+    @staticmethod
+    def __new__(cls, near: Tensor):
+        return Tensor._make_wrapper_subclass(
+            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
+            device="far:0", requires_grad=near.requires_grad,
+        )
+
+    def __init__(self, near: Tensor):
+        self.near = near
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute_far(func, args, kwargs or {})
+
+
+def near(value):
+    return value.near if isinstance(value, Far) else value
+
+
+def far(value):
+    return Far(value) if isinstance(value, Tensor) and not isinstance(value, Far) else value
+
+
+def compute_far(func, args, kwargs):
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    is_far, device = any(isinstance(t, Far) for t in tensors), kwargs.get("device")
+    if is_far and func.name() not in ("aten::_to_copy", "aten::copy_"):
+        left = [tuple(t.shape) for t in tensors if t.dim() and not isinstance(t, Far)]
+        assert not left, f"{func.name()}: a tensor on the CPU meets one on the device: {left}"
+    if device is not None:
+        is_far, kwargs = torch.device(device).type == "far", {**kwargs, "device": "cpu"}
+    out = func(*tree_map(near, args), **tree_map(near, kwargs))
+    if args and isinstance(args[0], Far) and func.name().endswith("_"):
+        return args[0]
+    return tree_map(far, out) if is_far else out
+
+
+class FarDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return compute_far(func, args, kwargs or {})
+
+
+class FarCalls(TorchFunctionMode):
+    """What goes round the dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.tolist, Tensor.numpy):
+            return func(near(args[0]))
+        if func is torch.tensor:
+            device = torch.device(kwargs.pop("device", None) or "cpu")
+            return far(func(*args, **kwargs)) if device.type == "far" else func(*args, **kwargs)
+        if func not in (Tensor.to, Tensor.cpu):
+            return func(*args, **kwargs)
+        words = ["cpu"] if func is Tensor.cpu else [*args[1:], *kwargs.values()]
+        dtypes = [word for word in words if isinstance(word, torch.dtype)]
+        devices = [torch.device(word).type for word in words if isinstance(word, str | torch.device)]
+        out = Tensor.to(args[0], *dtypes) if dtypes else args[0]
+        return {"far": far, "cpu": near}[devices[0]](out) if devices else out
+
+
+@pytest.fixture(scope="module")
+def far_device():
+    torch.ones(1, requires_grad=True).sum().backward()  # autograd's threads start, before they know it
+    _setup_privateuseone_for_python_backend("far")
+
+
 @pytest.mark.parametrize("kind, mode", [("janus", "end-to-end"), ("show-o", "two-stage")])
-def test_a_step_stays_on_the_models_device(kind, mode, monkeypatch):
-    """The model's is the CPU. What is made without saying where is on another, "meta", and cannot meet it."""
-
-    def on_the_cpu(function, *arguments):
-        with torch.device("cpu"):
-            return function(*arguments)
-
-    model, changes = small_model(kind), {} if kind == "janus" else dict(replay_steps=2)
-    expected, *wanted = one_step(model, mode, **changes)
-    assert sample.uniform_numbers([1], sample.IMAGE, 2, torch.device("meta")).is_meta
-    for name in ("uniform_numbers", "mask_schedule"):
-        monkeypatch.setattr(sample, name, partial(on_the_cpu, getattr(sample, name)))
-    with torch.device("meta"):
+def test_a_step_stays_on_the_models_device(kind, mode, far_device, monkeypatch):
+    """Rollout, answers, scores and both objectives, forward only, are as on the CPU; and a tensor left there
+    is seen."""
+    right, changes = sample.generator, {} if kind == "janus" else dict(replay_steps=2)
+    monkeypatch.setattr(sample, "generator", lambda seed, use, device="cpu": right(seed, use))
+    monkeypatch.setattr(grpo, "sample_answers", partial(sample_answers, max_tokens=3))
+    expected, model = one_step(small_model(kind), mode, **changes), small_model(kind)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(Far(weight.detach()))
+    with FarCalls(), FarDevice():
         rollout, *learned = one_step(model, mode, **changes)
-        monkeypatch.setattr(sample, "positions_of", lambda mask: torch.zeros(mask.shape))
-        with pytest.raises(RuntimeError):
-            one_step(model, mode, **changes)
-    assert rollout.answers.texts == expected.answers.texts
-    for (loss, _), (value, _) in zip(learned, wanted):
-        assert loss.item() == pytest.approx(value.item())
+        for owner, name in ((sample, "uniform_numbers"), (sample, "positions_of"), (sft, "encode_answers")):
+            with monkeypatch.context() as patch, pytest.raises(AssertionError, match="on the CPU meets"):
+                patch.setattr(owner, name, lambda *a, right=getattr(owner, name): tree_map(near, right(*a)))
+                one_step(model, mode, **changes)
+    assert torch.equal(near(rollout.images.codes), expected[0].images.codes)
+    assert rollout.answers.texts == expected[0].answers.texts
+    for (loss, _), (wanted, _) in zip(learned, expected[1:]):
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
 
 
 # ---- reward.py: tasks, prompts, answers --------------------------------------------------------------------
