@@ -521,7 +521,9 @@ class UnifiedModel(nn.Module):
 
     def image_precision(self) -> AbstractContextManager:
         """At least float32 for the image tokenizer, also where the rest computes in bfloat16: codes are signs
-        or nearest neighbours, of which rounding its features to bfloat16 would change some percent."""
+        or nearest neighbours, of which rounding its features to bfloat16 would change some percent. The trunk
+        may: it moves tiny-show-o's guided distributions by a total variation of 0.003 (a temperature of 1.02
+        does by 0.002), tiny's by 0.006; only Janus is published in bfloat16, Show-o in float32."""
         kind = self.device.type
         return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

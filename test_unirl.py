@@ -165,7 +165,8 @@ class BitPixels(nn.Module):
     BITS = torch.tensor([[-1.0, -1, -1], [-1, 1, -1], [1, -1, 1], [1, 1, 1]])  # [V, 3]
 
     def decode(self, codes: Tensor) -> Tensor:
-        pixels = codes @ self.BITS.to(codes) if codes.is_floating_point() else self.BITS[codes]  # [B, N, 3]
+        bits = self.BITS.to(codes.device)
+        pixels = codes @ bits.to(codes) if codes.is_floating_point() else bits[codes]  # [B, N, 3]
         return pixels.transpose(1, 2).unflatten(2, (math.isqrt(codes.shape[1]), -1))
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -1959,25 +1960,32 @@ def far_device():
     torch.far.get_amp_supported_dtype = lambda: [torch.bfloat16]  # for checkpoints, of later tests too
 
 
-@pytest.mark.parametrize("kind, mode", [("janus", "end-to-end"), ("show-o", "two-stage")])
+@pytest.mark.parametrize("kind, mode", [
+    ("janus", "end-to-end"), ("show-o", "two-stage"), ("show-o", "end-to-end"),
+])
 def test_a_step_stays_on_the_models_device(kind, mode, far_device, monkeypatch):
-    """Rollout, answers, scores and both objectives, forward only, are as on the CPU; and a tensor left there
-    is seen."""
-    right, changes = sample.generator, {} if kind == "janus" else dict(replay_steps=2)
+    """Rollout, answers, scores, both objectives, forward only, and held-out scores are as on the CPU; and a
+    tensor left there is seen."""
+    right, changes = sample.generator, dict(replay_steps=2) if mode == "two-stage" else {}
     monkeypatch.setattr(sample, "generator", lambda seed, use, device="cpu": right(seed, use))
-    monkeypatch.setattr(grpo, "sample_answers", partial(sample_answers, max_tokens=3))
+    for module in grpo, evaluate_module:
+        monkeypatch.setattr(module, "sample_answers", partial(sample_answers, max_tokens=3))
+    world = World("shapes", shapes.VOCABULARY, draw_tasks(2))
     expected, model = one_step(small_model(kind), mode, **changes), small_model(kind)
+    held_out = evaluate(model, world, 2.0, images_per_prompt=1, compiled=False)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(Far(weight.detach()))
     with FarCalls(), FarDevice():
         rollout, *learned = one_step(model, mode, **changes)
+        again = evaluate(model, world, 2.0, images_per_prompt=1, compiled=False)
         for owner, name in ((sample, "uniform_numbers"), (sample, "positions_of"), (sft, "encode_answers")):
             with monkeypatch.context() as patch, pytest.raises(AssertionError, match="on the CPU meets"):
                 patch.setattr(owner, name, lambda *a, right=getattr(owner, name): tree_map(near, right(*a)))
                 one_step(model, mode, **changes)
     assert torch.equal(near(rollout.images.codes), expected[0].images.codes)
     assert rollout.answers.texts == expected[0].answers.texts
+    assert repr(again) == repr(held_out)
     for (loss, _), (wanted, _) in zip(learned, expected[1:]):
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
 
