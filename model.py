@@ -16,16 +16,19 @@ Written against, and tested to agree with, transformers 5.23.0 (models/janus, mo
 github.com/deepseek-ai/Janus and github.com/showlab/Show-o.
 """
 
+import errno
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +36,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import (
+    HfApi, constants, hf_hub_download, hf_hub_url, save_torch_state_dict, snapshot_download,
+)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -478,6 +486,11 @@ class MAGVITv2(nn.Module):
 # The unified models
 
 
+def picture_pixels(image: Image.Image) -> Tensor:
+    """Pixels [1, 3, H, W] in [-1, 1] of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
 class UnifiedModel(nn.Module):
     """What both have: `language_model`, `lm_head`, `vqmodel`, `tokenizer`, `config`, their own `guidance`."""
 
@@ -503,7 +516,16 @@ class UnifiedModel(nn.Module):
 
     def to_pixels(self, codes: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] of codes [B, N] or, differentiably, of one-hots [B, N, V]."""
-        return self.vqmodel.decode(codes).clamp(-1, 1)
+        with self.image_precision():
+            return self.vqmodel.decode(codes).clamp(-1, 1)
+
+    def image_precision(self) -> AbstractContextManager:
+        """At least float32 for the image tokenizer, also where the rest computes in bfloat16: codes are signs
+        or nearest neighbours, of which rounding its features to bfloat16 would change some percent. The trunk
+        may: it moves tiny-show-o's guided distributions by a total variation of 0.003 (a temperature of 1.02
+        does by 0.002), tiny's by 0.006; only Janus is published in bfloat16, Show-o in float32."""
+        kind = self.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def left_pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids [B, T] of rows of unequal length, and mask [B, T], True on what is not padding."""
@@ -556,8 +578,14 @@ class Janus(UnifiedModel):
         return self.vision_model(pixels.to(self.dtype))
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Pixels [1, 3, H, W] of a picture, resized and padded to the model's square."""
-        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"].flatten(0, -4)
+        """Pixels [1, 3, H, W] of a picture, made to fit the model's square, on grey. Sizes are cut down to
+        whole pixels, as in image_processing_vlm.py of the original; transformers 5.23.0 rounds them."""
+        side = self.config.vision_config.image_size
+        smallest = min(14, side)
+        w, h = (max(int(length / max(image.size) * side), smallest) for length in image.size)
+        square = Image.new("RGB", (side, side), (127, 127, 127))
+        square.paste(image.resize((w, h), Image.BICUBIC), ((side - w) // 2, (side - h) // 2))
+        return picture_pixels(square)
 
     def conditional_weight(self, guidance: float) -> float:
         """c of the guided logits l_uncond + c (l_cond - l_uncond)."""
@@ -607,11 +635,12 @@ class Janus(UnifiedModel):
 
 SHOW_O = {  # what Show-o's published config.json leaves to its code and to the settings of its scripts
     "llm_model_path": "microsoft/phi-1_5",
-    "phi_config": {},  # sizes of the trunk, where they are not Phi-1.5's (which are transformers' defaults)
+    "phi_config": {},  # sizes of the trunk: none are Phi-1.5's, which are transformers' defaults
     "max_seq_length": 128,  # text tokens of a prompt, including <bos> and <eos>
     "guidance": 5.0,
     "steps": 50,  # of mask-predict: published commands draw with 50, though its function's default is 18
 }
+SHOW_O_256 = {"guidance": 1.75, "steps": 18}  # its own command's, in README.md until Show-o 512 came out
 SHOW_O_TOKENS = tuple(f"<|{name}|>" for name in "soi eoi sov eov t2i mmu t2v v2v lvg".split())
 
 
@@ -631,7 +660,8 @@ class ShowO(UnifiedModel):
 
     def __init__(self, settings: dict, tokenizer: PreTrainedTokenizerFast, vqmodel: nn.Module):
         super().__init__()
-        config = SimpleNamespace(**{**SHOW_O, **settings})
+        draws = SHOW_O_256 if settings["num_vq_tokens"] == 256 else {}
+        config = SimpleNamespace(**{**SHOW_O, **draws, **settings})
         for key in ("num_vq_tokens", "codebook_size", "vocab_size", "max_seq_length", "steps"):
             if type(value := getattr(config, key)) is not int or value < 1:
                 raise UserError(f"{key} {value!r} is not a whole number above 0")
@@ -662,7 +692,10 @@ class ShowO(UnifiedModel):
 
     def image_features(self, image: Tensor) -> Tensor:
         """What understanding keeps: codes [B, N], one-hots [B, N, V], or of pixels [B, 3, H, W] the codes."""
-        return self.vqmodel.encode(image.to(self.dtype)) if image.dim() == 4 else image
+        if image.dim() != 4:
+            return image
+        with self.image_precision():
+            return self.vqmodel.encode(image.to(torch.promote_types(self.dtype, torch.float32)))
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels [1, 3, H, W] of a picture, resized to cover the model's square, the rest cut off."""
@@ -671,7 +704,7 @@ class ShowO(UnifiedModel):
         w, h = (side, long) if image.width <= image.height else (long, side)
         left, top = round((w - side) / 2), round((h - side) / 2)  # whole pixels, as torchvision's CenterCrop
         image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + side, top + side))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return picture_pixels(image)
 
     def conditional_weight(self, guidance: float) -> float:
         """c of the guided logits l_uncond + c (l_cond - l_uncond), which is (1 + w) l_cond - w l_uncond."""
@@ -790,8 +823,12 @@ def user_error(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{what} ({reason})") from error
+        raise UserError(f"{what} ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """A library's error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def read_json(path: Path) -> dict:
@@ -803,33 +840,101 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def find_folder(name: str, advice: str = "give its folder: --model FOLDER",
-                files: Sequence[str] = ("*.json", "*.safetensors", "*.bin", "*.jinja")) -> Path:
-    """The local folder of a name of NAMES, a folder, or a hub id, whose `files` are downloaded. Raises
-    UserError where there is none, with advice where the hub is out of reach."""
+def find_folder(name: str, advice: str = "give its folder: --model FOLDER", weights: bool = True) -> Path:
+    """The local folder of a name of NAMES, a folder, or a hub id, of which `download` gets what is needed.
+    Raises UserError where there is none, with what helps against the reason; `advice`: without the hub."""
     target = NAMES.get(name, name)
     if Path(target).is_dir():
         return Path(target)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", target):
         raise UserError(f"unknown model {name!r}: give one of {', '.join(NAMES)}, a hub id, or a folder")
-    with user_error(f"{target}: cannot be downloaded from the hub; get it elsewhere and {advice}"):
-        return Path(snapshot_download(target, allow_patterns=list(files)))
+    try:
+        return download(target, weights)
+    except UserError:
+        raise
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, GatedRepoError):
+            advice = f"accept its licence at {constants.ENDPOINT}/{target}, then log in: hf auth login"
+        elif isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+            advice = "check its name; if it is private, log in: hf auth login"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk"
+        else:
+            advice = f"check the connection and try again, which goes on where it stopped; or {advice}"
+        raise UserError(f"{target}: cannot be downloaded; {advice} ({reason(error)})") from error
+
+
+def download(target: str, weights: bool) -> Path:
+    """The folder in the hub's cache that has a repository's settings and, if wanted, the weights that
+    read_tensors reads, and no others. Without the hub it is as it was found last."""
+    try:
+        info = HfApi().model_info(target, files_metadata=True)
+    except Exception:
+        with suppress(Exception):
+            return Path(snapshot_download(target, local_files_only=True, allow_patterns=["config.json"]))
+        raise
+    files = {file.rfilename: file for file in info.siblings}
+
+    def get(name: str) -> Path:
+        if name in files and files[name].lfs:
+            download_blob(target, info.sha, name, files[name].lfs.sha256, files[name].size)
+        return Path(hf_hub_download(target, name, revision=info.sha))
+
+    chosen = [name for name in files if re.fullmatch(r"[^/]*\.(json|jinja)", name)]
+    if weights:
+        chosen += [path.name for path in weight_files(target, files, get)]
+    return Path(snapshot_download(target, allow_patterns=chosen))
+
+
+def download_blob(target: str, commit: str, name: str, sha256: str, size: int) -> None:
+    """Puts a large file where the hub's cache has it. Its library (2.4.0) then need not download it, which
+    would begin at 0 each time, not look at the sum, and not hear Ctrl-C before the end."""
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=target, repo_type="model"), "blobs")
+    blobs.mkdir(parents=True, exist_ok=True)
+    part = blobs / f"{sha256}.incomplete"
+    with WeakFileLock(blobs / f"{sha256}.lock"):  # ranks may want the same
+        if (blobs / sha256).exists():
+            return
+        with open(part, "ab") as file:
+            url, done = hf_hub_url(target, name, revision=commit), file.tell()
+            constants.DOWNLOAD_CHUNK_SIZE = 2**20  # as much is lost at most where a connection drops
+            http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=size,
+                     displayed_filename=name)
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            part.unlink()
+            raise UserError(f"{target}: {name} came damaged (its sha256 is {found[:8]}..., not "
+                            f"{sha256[:8]}...) and was thrown away: try again")
+        part.rename(blobs / sha256)
+
+
+WEIGHTS = [  # in this order, the first that is there
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+    for end in (".index.json", "")
+]
+
+
+def weight_files(source: str | Path, names: Collection[str], get: Callable[[str], Path]) -> list[Path]:
+    """The files of weights among the `names` that a folder or repository holds, by way of `get`: one, or the
+    shards of an index."""
+    first = next((name for name in WEIGHTS if name in names), None)
+    if first is None:
+        raise UserError(f"{source}: holds no model.safetensors, pytorch_model.bin or their index")
+    path = get(first)
+    if path.suffix != ".json":
+        return [path]
+    with user_error(f"{path}: is no index of weights"):
+        shards = {Path(name).name for name in read_json(path)["weight_map"].values()}
+    return [get(name) for name in sorted(shards)]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder that has a use: safetensors before .bin, sharded (by its index) or
     not. Files are mapped, not read. Raises UserError where one is missing or damaged."""
-    names = "model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin"
-    paths = [folder / f"{name}{end}" for name in names for end in (".index.json", "")]
-    files = [path for path in paths if path.exists()][:1]
-    if not files:
-        raise UserError(f"{folder}: holds no model.safetensors, pytorch_model.bin or their index")
-    if files[0].suffix == ".json":
-        with user_error(f"{files[0]}: is no index of weights"):
-            shards = set(read_json(files[0])["weight_map"].values())
-            files = [folder / Path(name).name for name in sorted(shards)]
     tensors = {}
-    for path in files:
+    for path in weight_files(folder, os.listdir(folder), folder.joinpath):
         with user_error(f"{path}: cannot be read"):
             if path.suffix == ".safetensors":
                 tensors |= load_file(path)
@@ -838,17 +943,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not UNUSED.fullmatch(name)}
 
 
-def read_tokenizer(folder: Path, *needed: str, **special) -> PreTrainedTokenizerFast:
-    """The tokenizer in `folder`, with `special` tokens. Raises UserError where it cannot be read, or its
-    vocabulary lacks a special token that is `needed`."""
+def read_tokenizer(
+    folder: Path, strict: Sequence[str], lenient: Sequence[str] = (), **special
+) -> PreTrainedTokenizerFast:
+    """The tokenizer in `folder`, with `special` tokens, which get the ids after its own where it lacks them.
+    Raises UserError where it cannot be read, or lacks a special token: a `strict` one must be in its
+    tokenizer.json, as a new id would be that of an untrained row; a `lenient` one may come from its other
+    settings."""
     with user_error(f"{folder}: tokenizer.json and its settings cannot be read"):
-        # The fast tokenizer takes tokenizer.json as it is, whatever class the folder's settings name; but
-        # special tokens that tokenizer.json lacks get new ids, so the needed ones are looked up there.
-        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **special)
-    for name in needed:
-        if getattr(tokenizer, name) not in vocabulary:
-            raise UserError(f"{folder}: the tokenizer has no {name} ({getattr(tokenizer, name)})")
+        # The fast tokenizer takes tokenizer.json as it is, whatever class the folder's settings name.
+        read = PreTrainedTokenizerFast.from_pretrained
+        stored = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        known = read(folder).get_vocab() if lenient else stored
+        tokenizer = read(folder, **special)
+    for names, vocabulary in ((strict, stored), (lenient, known)):
+        for name in names:
+            if getattr(tokenizer, name) not in vocabulary:
+                raise UserError(f"{folder}: the tokenizer has no {name} ({getattr(tokenizer, name)})")
     return tokenizer
 
 
@@ -867,8 +978,9 @@ def check_tensors(folder: Path, expected: dict[str, Tensor], found: dict[str, Te
 def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> UnifiedModel:
     """A model from a name of NAMES, a hub id or a folder: a Janus in transformers' or DeepSeek's layout, or a
     Show-o in its own. On device "meta" it has no content and the weights are not read: for a rank that gets
-    them from another. Raises UserError with a line on what is wrong with name, folder, tokenizer or tensors:
-    each of the checkpoint must be used, and each of the model be there with its shape."""
+    them from another. The image tokenizer is at least float32. Raises UserError with a line on what is wrong
+    with name, folder, tokenizer or tensors: each of the checkpoint must be used, and each of the model be
+    there with its shape."""
     folder = find_folder(name)
     settings = read_json(folder / "config.json")
     build = build_show_o if "num_vq_tokens" in settings else build_janus
@@ -882,8 +994,10 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     tied = model.lm_head.weight is model.language_model.embed_tokens.weight
     hide = True if os.environ.get("RANK", "0") != "0" else None
     read = tqdm(tensors.items(), "loading", unit="tensor", delay=1, leave=False, disable=hide)
+    image = torch.promote_types(dtype, torch.float32)  # see UnifiedModel.image_precision
+    kinds = {name: image if name.startswith("vqmodel.") else dtype for name in tensors}
     # Copied, so that the model does not change with its files, and that parts of one tensor can be saved.
-    model.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in read}, assign=True)
+    model.load_state_dict({name: t.to(device, kinds[name], copy=True) for name, t in read}, assign=True)
     if tied:
         model.lm_head.weight = model.language_model.embed_tokens.weight
     return model.eval()
@@ -905,7 +1019,7 @@ def build_janus(folder: Path, settings: dict, tensors: dict[str, Tensor]) -> tup
         tensors["lm_head.weight"] = tensors["language_model.embed_tokens.weight"]
     path = folder / "generation_config.json"
     guidance = read_json(path).get("guidance_scale") if path.exists() else None
-    processor = read_processor(folder, config)
+    processor = read_processor(folder, config, settings if kind == "multi_modality" else None)
     with torch.device("meta"):
         return Janus(config, processor, 5.0 if guidance is None else guidance), tensors
 
@@ -958,48 +1072,82 @@ def config_from_deepseek(original: dict, tensors: dict[str, Tensor]) -> JanusCon
     return JanusConfig(text_config=text_config, vision_config=vision_config, vq_config=vq_config)
 
 
-def read_processor(folder: Path, config: JanusConfig) -> JanusProcessor:
-    """Tokenizer, image preprocessing and chat template. Raises UserError where a special token is missing or
-    outside the embedding: a Janus without its pad token would draw rubbish under guidance and say nothing."""
+def read_processor(folder: Path, config: JanusConfig, original: dict | None) -> JanusProcessor:
+    """Tokenizer, image preprocessing and chat template; of DeepSeek's layout with its `original` config.json.
+    Raises UserError where a special token is missing or outside the embedding: a Janus without its pad token
+    would draw rubbish under guidance and say nothing."""
+    settings, _ = JanusProcessor.get_processor_dict(folder)
     tags = dict(image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>")
-    needed = ("bos_token", "eos_token", "pad_token", *tags)
-    tokenizer = read_tokenizer(folder, *needed, pad_token="<｜▁pad▁｜>", extra_special_tokens=tags)
+    special = dict(pad_token=settings.get("pad_tag", "<｜▁pad▁｜>"), extra_special_tokens=tags)
+    strict, lenient = ("bos_token", "eos_token"), ("pad_token", "boi_token", "eoi_token")
+    if original is None:
+        strict, lenient = (*strict, *lenient, "image_token"), ()
+    # The original's processor adds the image's placeholder where it is missing.
+    tokenizer = read_tokenizer(folder, strict, lenient, **special)
     vocabulary, rows = tokenizer.get_vocab(), config.text_config.vocab_size
     last = max(vocabulary, key=vocabulary.get)
     if vocabulary[last] >= rows:
         raise UserError(f"{folder}: token {last!r} is outside the embedding of {rows} rows")
-    settings, _ = JanusProcessor.get_processor_dict(folder)
     template = settings.get("chat_template")
-    if template is None:  # the original: Janus-Pro has role tokens in its vocabulary, Janus-1.3B writes words
-        pro = "<|User|>" in vocabulary and settings.get("sft_format") != "deepseek_old"
-        template = chat_template("<|User|>", "<|Assistant|>") if pro else chat_template("User", "Assistant")
+    if original is not None:  # whose tokenizer may bring a language model's, which the original never reads
+        template = chat_template(*role_names(folder, settings, original, vocabulary))
     vision, size = config.vision_config, config.vision_config.image_size
     scale = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)  # to [-1, 1], where decoded pixels are
     images = JanusImageProcessorPil(size={"height": size, "width": size}, min_size=min(14, size), **scale)
-    system = settings.get("use_default_system_prompt", "sft_format" in settings)
+    system = settings.get("use_default_system_prompt", original is not None)
     return JanusProcessor(images, tokenizer, template, system, vision.num_image_tokens)
 
 
+WORDS, TOKENS = ("User", "Assistant"), ("<|User|>", "<|Assistant|>")  # of a Janus, of a Janus-Pro
+
+
+def role_names(folder: Path, settings: dict, original: dict, vocabulary: dict[str, int]) -> tuple[str, str]:
+    """Whose turns are in DeepSeek's layout; said on stderr, as wrong ones cost quality and are not seen. The
+    original leaves it to its scripts, which know the checkpoint's name: words for Janus-1.3B, tokens for
+    Janus-Pro (generation_inference.py, demo/app_januspro.py). So here goes, in this order: a pair "roles" in
+    processor_config.json, for whom the rest is wrong; its style "deepseek_old"; the last such name in
+    config.json's _name_or_path and the folder's path; and without a name what the tokenizer knows."""
+    names = re.findall(r"janus[-_]?(pro|1\.3b)", f"{original.get('_name_or_path')} {folder.absolute()}", re.I)
+    pro = names[-1].lower() == "pro" if names else TOKENS[0] in vocabulary
+    words = settings.get("sft_format") == "deepseek_old" or not pro
+    user, assistant = settings.get("roles") or (WORDS if words else TOKENS)
+    say(f'{folder}: turns of {user} and {assistant} ("roles" in processor_config.json sets others)')
+    return user, assistant
+
+
+@cache
+def say(line: str) -> None:
+    """On stderr, once a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
 def chat_template(user: str, assistant: str) -> str:
-    """Jinja template of Janus' turns, `{user}: ...`, `{assistant}:`, the image's tag on a line of its own."""
+    """Jinja template of Janus' turns, `{user}: ...`, `{assistant}:`, the image's tag on a line of its own. A
+    turn's content is stripped as a whole, and an empty one leaves nothing behind the colon, as in the
+    original (conversation.py, processing_vlm.py)."""
     return (
-        f"{{% for turn in messages %}}{{{{ '{user}: ' if turn['role'] == 'user' else '{assistant}: ' }}}}"
-        "{% for part in turn['content'] %}"
-        "{{ '<image_placeholder>\n' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}"
-        "{{ '\n\n' if turn['role'] == 'user' else eos_token }}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ '{assistant}:' }}}}{{% endif %}}"
+        f"{{% for turn in messages %}}{{{{ '{user}:' if turn['role'] == 'user' else '{assistant}:' }}}}"
+        "{% set content | trim %}{% for part in turn['content'] %}"
+        "{{ '<image_placeholder>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endset %}"
+        "{% if content %}{{ ' ' + content + ('\n\n' if turn['role'] == 'user' else eos_token) }}{% endif %}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ '{assistant}:' }}}}{{% endif %}}"
     )
 
 
 def build_show_o(folder: Path, settings: dict, tensors: dict[str, Tensor]) -> tuple[ShowO, dict[str, Tensor]]:
     """A Show-o without content for its config.json, and the tensors by its names. Text tokenizer and
-    MAGVIT-v2 come from the folder and its magvitv2/, or else, as in the published code, from the hub."""
+    MAGVIT-v2 come from the folder and its magvitv2/, or else, as in the published code, from the hub; the
+    trunk's sizes likewise from "phi_config", or else from the language model's config.json."""
     if settings.get("w_clip_vit"):
         raise UserError(f"{folder}: a Show-o that looks through CLIP (w_clip_vit) is not supported")
-    settings = {**SHOW_O, **settings}
     source, magvit = folder, folder / "magvitv2"
+    language_model = settings.get("llm_model_path", SHOW_O["llm_model_path"])
     if not (folder / "tokenizer.json").exists():
-        source = find_folder(settings["llm_model_path"], f"put its tokenizer.json into {folder}", ["*.json"])
+        source = find_folder(language_model, f"put its tokenizer.json into {folder}", weights=False)
+    if "phi_config" not in settings and language_model != SHOW_O["llm_model_path"]:
+        advice = f'say its sizes as "phi_config" in {folder}/config.json'
+        settings["phi_config"] = read_json(find_folder(language_model, advice, weights=False) / "config.json")
     if not magvit.is_dir():
         magvit = find_folder("showlab/magvitv2", f"put it into {magvit}")
     tokenizer = read_show_o_tokenizer(source)
@@ -1019,7 +1167,7 @@ def build_show_o(folder: Path, settings: dict, tensors: dict[str, Tensor]) -> tu
 
 def read_show_o_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The text tokenizer with [PAD] and SHOW_O_TOKENS, which get the ids after its own unless it has them."""
-    tokenizer = read_tokenizer(folder, "bos_token", "eos_token")
+    tokenizer = read_tokenizer(folder, ("bos_token", "eos_token"))
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.add_tokens(list(SHOW_O_TOKENS), special_tokens=True)
     return tokenizer

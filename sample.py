@@ -617,7 +617,8 @@ def answer_logprobs(
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8"""
+    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8. Rounded, where both originals cut off the fraction: so a
+    picture is not half a level darker, and one that is read and written again stays as it was."""
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -628,7 +629,8 @@ def from_uint8(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor
 
 
 def read_image(model: UnifiedModel, path: str) -> Tensor:
-    """Pixels [1, 3, H, W] of an image file, made the model's square."""
+    """Pixels [1, 3, H, W] of an image file, made the model's square; upright, as its EXIF data say, which the
+    originals do not read: a question about a photograph is about what its viewer sees."""
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except OSError as error:

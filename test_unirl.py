@@ -9,8 +9,10 @@ from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 import copy
 from dataclasses import fields, replace
+import errno
 from functools import cache, partial
 import hashlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import io
 from itertools import chain, combinations, product, repeat
 import json
@@ -24,11 +26,13 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 from zlib import crc32
 
+from huggingface_hub import constants
 from PIL import Image
 import numpy as np
 import pytest
@@ -248,7 +252,7 @@ def edit_json(path: Path, **changes) -> None:
 @pytest.fixture
 def offline(monkeypatch):
     unreachable = MagicMock(side_effect=ConnectionError("no route\nto host"))
-    monkeypatch.setattr(model_module, "snapshot_download", unreachable)
+    monkeypatch.setattr(model_module, "download", unreachable)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -417,6 +421,19 @@ def test_magvit_is_transformers_vq_without_some_blocks_and_its_codes_are_signs(m
     close(magvit.decode(codes), decoded)
     close(magvit.decode(torch.eye(32)[codes]), decoded)
     assert set(epsilons(magvit)) == {1e-6}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["original", "show-o"])
+def test_image_tokenizers_stay_float32_under_bfloat16(stored, layout):
+    model = stored[layout][0]
+    codes, pixels = random_images(model, PROMPTS).codes, random_pixels(model, 3)
+    exact = model.to_pixels(codes), model.to_pixels(F.one_hot(codes, model.num_codes).float())
+    features = model.image_features(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.to_pixels(codes), exact[0])
+        assert torch.equal(model.to_pixels(F.one_hot(codes, model.num_codes).bfloat16()), exact[1])
+        assert torch.equal(model.image_features(pixels), features) == (layout == "show-o")
 
 
 @pytest.mark.parametrize("kind", ["VQ-16", "MAGVIT-v2"])
@@ -610,7 +627,9 @@ def test_a_loaded_model_does_what_the_saved_one_did(stored, layout):
 
     again, half = load(str(folder)), load(str(folder), dtype=torch.bfloat16)
     same_tensors(model, again)
-    same_tensors(copy.deepcopy(model).bfloat16(), half)
+    rounded = copy.deepcopy(model).bfloat16()
+    rounded.vqmodel = model.vqmodel  # never less than float32
+    same_tensors(rounded, half)
     assert all(map(torch.equal, does(model), does(again))) and not again.training
     assert again.draw_steps == model.draw_steps and getattr(again.config, "world", "shapes") == "shapes"
     empty, full = load(str(folder), "meta").state_dict(), model.state_dict()
@@ -653,6 +672,50 @@ def test_original_layout_in_its_other_forms_and_its_prompts(stored, tmp_path, fo
         assert (len(special[0]) == 1) == (tags == ROLES) and (asking == one.config.image_token_id).sum() == 16
 
 
+@pytest.mark.parametrize("lacks, settings", [
+    (None, {}), (None, {"chat_template": "{{ messages[0]['content'] + 1 }}"}),
+    ("<image_placeholder>", {}), (PAD, {"pad_token": PAD}),
+], ids=["processor_config.json", "own template", "placeholder", "pad token"])
+def test_what_the_originals_code_makes_good_or_does_not_read(stored, copy_of, lacks, settings):
+    """A tokenizer.json that lacks a token, a language model's template, and no processor_config.json."""
+    original, folder = stored["original"][0], copy_of("original")
+    (folder / "processor_config.json").unlink()
+    edit_json(folder / "tokenizer_config.json", **settings)
+    if lacks:
+        bpe([token for token in SPECIAL + ROLES if token != lacks]).save(str(folder / "tokenizer.json"))
+    model = load(str(folder))
+    prompts = [(*one.generation_prompt(["a ring"])[0], *one.question_prompt(["Which?"])[0])
+               for one in (original, model)]
+    assert list(map(original.tokenizer.decode, prompts[0])) == list(map(model.tokenizer.decode, prompts[1]))
+    assert (prompts[1][1] == model.config.image_token_id).sum() == 16
+    assert max(model.config.image_token_id, model.tokenizer.pad_token_id) < 300
+
+
+@pytest.mark.parametrize("name, roles, changes, tags", [
+    ("Janus-1.3B", ROLES, {}, ["User", "Assistant"]), ("Janus-Pro-1B", [], {}, ROLES),
+    ("mine", [], {"_name_or_path": "deepseek-ai/Janus-Pro-1B"}, ROLES),
+    ("models--deepseek-ai--Janus-1.3B/snapshots/12ab", ROLES, {}, ["User", "Assistant"]),
+    ("mine", ROLES, {"roles": ["User", "Bot"]}, ["User", "Bot"]),
+])
+def test_who_speaks_goes_by_the_checkpoints_name(stored, tmp_path, capsys, name, roles, changes, tags):
+    """And is said."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    folder = write_original(stored["original"][0], tmp_path / name, roles=roles)
+    edit_json(folder / ("processor_config.json" if "roles" in changes else "config.json"), **changes)
+    text = load(str(folder)).chat([{"type": "text", "text": "a"}])
+    assert text == f"{tags[0]}: a\n\n{tags[1]}:" and f"{tags[0]} and {tags[1]}" in capsys.readouterr().err
+
+
+def test_empty_and_spacious_turns_are_the_originals(stored):
+    """conversation.py: nothing follows an empty turn's colon, and a turn is stripped as a whole."""
+    chat, image = stored["original"][0].chat, {"type": "image"}
+    empty, spacious = ({"type": "text", "text": text} for text in ("", " a "))
+    assert chat([empty]) == "<|User|>:<|Assistant|>:"
+    assert chat([spacious]) == "<|User|>: a\n\n<|Assistant|>:"
+    assert chat([image, empty]) == "<|User|>: <image_placeholder>\n\n<|Assistant|>:"
+    assert chat([image, spacious]) == "<|User|>: <image_placeholder>\n a\n\n<|Assistant|>:"
+
+
 PUBLISHED = {  # shapes of the weights of the published class' layers, at PHI's sizes; its biases go with them
     **{f"self_attn.{part}": (32, 32) for part in ("q_proj", "k_proj", "v_proj", "dense")},
     "self_attn.q_layernorm": (8,), "self_attn.k_layernorm": (8,), "input_layernorm": (32,),
@@ -683,11 +746,35 @@ def test_show_os_published_layout_loads_with_every_key_used(copy_of, stored, fil
     (folder / "magvitv2").rename(tmp_path / "magvitv2")
     phi = PreTrainedTokenizerFast(tokenizer_object=bpe([BOS, EOS]), bos_token=EOS, eos_token=EOS)
     phi.save_pretrained(tmp_path)
-    monkeypatch.setattr(model_module, "snapshot_download", lambda name, allow_patterns: str(hub[name]))
+    monkeypatch.setattr(model_module, "download", lambda name, weights: hub[name])
     again = load(str(folder))
     same_tensors(model, again)
     assert (again.guidance, again.draw_steps, again.config.max_seq_length) == (5.0, 4, 128)
     assert torch.equal(again.question_prompt(QUESTIONS)[0], model.question_prompt(QUESTIONS)[0])
+
+
+def test_show_o_256_draws_as_its_own_published_command(copy_of):
+    folder = copy_of("show-o")
+    settings = {**json.loads((folder / "config.json").read_text()), "num_vq_tokens": 256}
+    for left_out, drawn in (({"guidance", "steps"}, (1.75, 18)), (set(), (1.5, 4))):  # published; saved here
+        kept = {name: settings[name] for name in settings.keys() - left_out}
+        (folder / "config.json").write_text(json.dumps(kept))
+        model = load(str(folder))
+        assert (model.guidance, model.draw_steps) == drawn
+
+
+def test_sizes_of_show_os_trunk_come_from_its_language_model(copy_of, stored, tmp_path, offline):
+    folder, (model, _) = copy_of("show-o"), stored["show-o"]
+    settings = json.loads((folder / "config.json").read_text())
+    phi = {"model_type": "phi", "architectures": ["PhiForCausalLM"], "rope_scaling": None, "rope_theta": 1e4}
+    (tmp_path / "phi").mkdir()
+    (tmp_path / "phi" / "config.json").write_text(json.dumps({**phi, "vocab_size": 51200, **PHI}))
+    published = {name: settings[name] for name in settings.keys() - {"phi_config"}}
+    (folder / "config.json").write_text(json.dumps({**published, "llm_model_path": str(tmp_path / "phi")}))
+    same_tensors(model, load(str(folder)))
+    edit_json(folder / "config.json", llm_model_path="some/phi")
+    with user_error("some/phi", "phi_config"):
+        load(str(folder))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -759,7 +846,9 @@ BAD_FOLDERS = {  # layout: faults, and words of the message
         (written("model.safetensors", "rubbish" * 100), "copy/model.safetensors"),
     ],
     "original": [
-        *WITHOUT_TOKENS,
+        *(row for row in WITHOUT_TOKENS if row[1] != "image_token"),
+        (lambda f: (WITHOUT_TOKENS[3][0](f), configured("language_config", vocab_size=287)(f)),
+         "is outside the embedding of 287 rows"),
         (configured(gen_vision_config={}), "copy", "config.json", "params"),
         (with_tensor("language_model.model.norm.weight"), "'language_model.norm.weight' is missing"),
     ],
@@ -790,6 +879,82 @@ def test_unknown_names_and_a_hub_out_of_reach(offline):
         load("no-such-model")
     with user_error("deepseek-ai/Janus-Pro-1B", "--model FOLDER"):
         load("janus-pro-1b")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as its library needs, for one repository a/b with files in memory."""
+
+    def do_GET(self):
+        hub, name, code, begin = self.server, Path(self.path.partition("?")[0]).name, 200, 0
+        sums = {file: hashlib.sha256(content).hexdigest() for file, content in hub.files.items()}
+        headers = {"X-Repo-Commit": "a" * 40, "X-Error-Code": hub.refusal.get(name), "ETag": sums.get(name)}
+        if name in hub.refusal:
+            code, body = 403, b""
+        elif name in hub.files:
+            begin = int(re.findall(r"\d+", self.headers["Range"] or "0")[0])
+            code, body = 206 if begin else 200, hub.files[name][begin:].replace(*hub.fault)
+            hub.asked += [(name, begin)] if self.command == "GET" else []
+        else:
+            both = lambda file, size: dict(oid=sums[file], sha256=sums[file], size=size, pointerSize=1)
+            files = [dict(both(file, len(content)), lfs=both(file, len(content)), path=file, rfilename=file,
+                          type="file") for file, content in hub.files.items()]
+            info = dict(id="a/b", sha="a" * 40, siblings=files)
+            body = json.dumps(files if "/tree/" in self.path else info).encode()
+        self.send_response(code)
+        for header, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+    log_message = lambda *_: None
+
+
+@pytest.fixture
+def hub(stored, tmp_path, monkeypatch):
+    """A hub that has a Janus in original shards, and others in .bin; and an empty cache."""
+    for form in "sharded safetensors", "sharded bin":
+        write_weights(tmp_path, original_tensors(stored["original"][0]), form)
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    paths = *tmp_path.iterdir(), *stored["original"][1].glob("*.json")
+    hub.files = {path.name: path.read_bytes() for path in paths}
+    hub.asked, hub.refusal, hub.fault = [], {}, (b"", b"", 0)
+    address, rest = f"http://127.0.0.1:{hub.server_port}", "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + rest)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    yield hub
+    hub.shutdown()
+
+
+def test_a_download_takes_what_is_read_goes_on_where_it_stopped_and_is_checked(hub, stored, tmp_path):
+    first, second = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+    part = tmp_path / "cache/models--a--b/blobs" / hashlib.sha256(hub.files[first]).hexdigest()
+    part.parent.mkdir(parents=True)
+    part.with_suffix(".incomplete").write_bytes(hub.files[first][:1000])
+    hub.fault = hub.files[second][-9:], b"damaged, "
+    with user_error(f"{second} came damaged", "try again"):
+        load("a/b")
+    hub.fault = b"", b"", 0
+    same_tensors(stored["original"][0], load("a/b"))
+    assert (first, 1000) in hub.asked and hub.asked.count((second, 0)) == 2
+    assert not [name for name, _ in hub.asked if name.endswith(".bin")]
+    hub.refusal, hub.asked = {"b": "RepoNotFound"}, []
+    same_tensors(stored["original"][0], load("a/b"))  # without the hub: from the cache
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("refusal, words", [
+    ({"b": "RepoNotFound"}, "check its name"), ({"config.json": "GatedRepo"}, "accept its licence"),
+    ({}, "set HF_HOME"),
+])
+def test_why_nothing_can_be_downloaded_decides_the_advice(hub, refusal, words, monkeypatch):
+    hub.refusal = refusal
+    if not refusal:
+        monkeypatch.setattr(model_module, "http_get", MagicMock(side_effect=OSError(errno.ENOSPC, "full")))
+    with user_error("a/b: cannot be downloaded", words):
+        load("a/b")
 
 
 @pytest.mark.parametrize("dump", [torch.save, pickle.dump], ids=["zipped", "bare"])
@@ -826,6 +991,14 @@ def test_pictures_are_cut_to_show_os_square(stored):
     picture = Image.fromarray(noisy_picture(11, 16))
     expected = np.asarray(picture.resize((8, 6), Image.BICUBIC))[:, 1:7]
     assert torch.equal(stored["show-o"][0].preprocess(picture), sample.from_uint8(expected[None].copy()))
+
+
+def test_pictures_are_cut_down_to_whole_pixels_of_janus_square(stored):
+    """As image_processing_vlm.py: 40 x 37 becomes 16 x 14.8, so 16 x 14, in the middle of grey."""
+    picture = Image.fromarray(noisy_picture(37, 40))
+    expected = np.full((16, 16, 3), 127, np.uint8)
+    expected[1:15] = np.asarray(picture.resize((16, 14), Image.BICUBIC))
+    assert torch.equal(stored["original"][0].preprocess(picture), sample.from_uint8(expected[None]))
 
 
 def test_a_file_that_is_no_image_is_refused(janus, tmp_path):
@@ -1525,27 +1698,36 @@ class FarCalls(TorchFunctionMode):
 def far_device():
     torch.ones(1, requires_grad=True).sum().backward()  # autograd's threads start, before they know it
     _setup_privateuseone_for_python_backend("far")
+    torch.far.get_amp_supported_dtype = lambda: [torch.bfloat16]  # for checkpoints, of later tests too
 
 
-@pytest.mark.parametrize("kind, mode", [("janus", "end-to-end"), ("show-o", "two-stage")])
+@pytest.mark.parametrize("kind, mode", [
+    ("janus", "end-to-end"), ("show-o", "two-stage"), ("show-o", "end-to-end"),
+])
 def test_a_step_stays_on_the_models_device(kind, mode, far_device, monkeypatch):
-    """Rollout, answers, scores and both objectives, forward only, are as on the CPU; and a tensor left there
-    is seen."""
-    right, changes = sample.generator, {} if kind == "janus" else dict(replay_steps=2)
+    """Rollout, answers, scores, both objectives, forward only, and held-out scores are as on the CPU; and a
+    tensor left there is seen."""
+    right, changes = sample.generator, dict(replay_steps=2) if mode == "two-stage" else {}
     monkeypatch.setattr(sample, "generator", lambda seed, use, device="cpu": right(seed, use))
-    monkeypatch.setattr(grpo, "sample_answers", partial(sample_answers, max_tokens=3))
+    for module in grpo, evaluate_module:
+        monkeypatch.setattr(module, "sample_answers", partial(sample_answers, max_tokens=3))
+    tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(2)]
+    world = World("shapes", shapes.VOCABULARY, tasks)
     expected, model = one_step(small_model(kind), mode, **changes), small_model(kind)
+    held_out = evaluate(model, world, 2.0, images_per_prompt=1, compiled=False)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(Far(weight.detach()))
     with FarCalls(), FarDevice():
         rollout, *learned = one_step(model, mode, **changes)
+        again = evaluate(model, world, 2.0, images_per_prompt=1, compiled=False)
         for owner, name in ((sample, "uniform_numbers"), (sample, "positions_of"), (sft, "encode_answers")):
             with monkeypatch.context() as patch, pytest.raises(AssertionError, match="on the CPU meets"):
                 patch.setattr(owner, name, lambda *a, right=getattr(owner, name): tree_map(near, right(*a)))
                 one_step(model, mode, **changes)
     assert torch.equal(near(rollout.images.codes), expected[0].images.codes)
     assert rollout.answers.texts == expected[0].answers.texts
+    assert repr(again) == repr(held_out)
     for (loss, _), (wanted, _) in zip(learned, expected[1:]):
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-5)
 
