@@ -2474,6 +2474,9 @@ def test_a_run_on_own_prompts_draws_from_them_alone(pocket, tmp_path):
     with patch.object(grpo, "roll_out", lambda run, *mine: drawn.extend(mine[0]) or true(run, *mine)):
         call("--model", pocket / "janus", *flags)
     assert len(drawn) == 6 and {task.prompt for task in drawn} == names.keys()
+    path.write_bytes(lines_of([*rows, {**rows[0], "prompt": "a kayak" * 100}]))
+    too_long = refusal("--model", pocket / "show-o", "--tasks", path, *SHORT, "--out", tmp_path / "other")
+    assert "this Show-o's text window" in too_long and not (tmp_path / "other").exists()
 
 
 def test_sft_learns_from_pictures_that_were_answered_right_and_no_others(pocket, tmp_path):
