@@ -157,6 +157,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """LLaMA's gated layer (SwiGLU), [..., D] -> the same."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
@@ -259,6 +261,8 @@ class LanguageModel(nn.Module):
 
 
 class VisionAttention(nn.Module):
+    """SigLIP's, of every patch to every other: [B, M, C] -> the same."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -272,6 +276,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(Block):
+    """SigLIP's, [B, M, C] -> the same."""
+
     def __init__(self, config):
         super().__init__()
         width, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
@@ -317,6 +323,8 @@ def aligner(width_in: int, width: int, depth: int) -> nn.Sequential:
 
 
 class ResnetBlock(Block):
+    """[B, c_in, H, W] -> [B, c_out, H, W]"""
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(32, c_in, eps=1e-6), nn.GroupNorm(32, c_out, eps=1e-6)
@@ -330,6 +338,8 @@ class ResnetBlock(Block):
 
 
 class AttnBlock(Block):
+    """One head over the H * W places: [B, C, H, W] -> the same."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
@@ -809,6 +819,7 @@ UNUSED = re.compile(r".*\.attn_pool\..*|.*\.codebook_used|.*\.inv_freq|quantize\
 
 
 def rename(name: str, table: Sequence[tuple[str, str]]) -> str:
+    """The name after every (pattern, replacement) of the table, in order."""
     for old, new in table:
         name = re.sub(old, new, name)
     return name
@@ -1051,7 +1062,7 @@ def config_from_deepseek(original: dict, tensors: dict[str, Tensor]) -> JanusCon
         levels = range(count(r"vqmodel\.encoder\.down\.(\d+)\."))
         widths = [len(tensors[f"vqmodel.encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
     except KeyError as missing:
-        raise UserError(f"tensor {missing} is missing (by its transformers name)") from None
+        raise ValueError(f"tensor {missing} is missing (by its transformers name)") from None
     parts = ("vision", "aligner", "gen_vision", "gen_aligner", "gen_head")
     vision, aligner, vq, generation, head = (original[f"{part}_config"]["params"] for part in parts)
     vision_config = {
