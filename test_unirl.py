@@ -1961,6 +1961,53 @@ def test_known_answers_are_right_but_not_to_other_tasks_nor_in_lists_of_everythi
             assert score(other.answer, task, vocabulary) == 0, (other.answer, task)
 
 
+TOY = replace(shapes.VOCABULARY, objects=("ring", "cross", "square"), colors=("red", "blue", "green"),
+              counts=(2, 3))
+
+
+@cache
+def toy_tasks(tag):
+    """Every task of three objects and three colors, each as likely as any other."""
+    rng = np.random.default_rng(0)
+    drawn = [draw_task(TOY, rng, tag=tag) for _ in range(1000)]
+    return list({str(task.facts): task for task in drawn}.values())
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_no_constant_answer_beats_guessing_the_likeliest_fact(tag):
+    tasks, (a, b, _) = toy_tasks(tag), TOY.objects
+    known = {task.answer for task in tasks} | {"2", "3"}  # of items, whatever they are
+    words = TOY.objects, TOY.colors, TOY.relations, "123", ("one", "two", "three"), TOY.objects + TOY.colors
+    glues = " ", ", ", " and ", "/", ", not ", " but not ", ". ", " on a ", " of "
+    texts = {glue.join(some[:size]) for glue in glues for some in words for size in (1, 2, 3, 6)}
+    texts |= {f"{one}{glue}{other}" for one, other in product(sorted(known)[:4], repeat=2) for glue in glues}
+    texts |= {"", "it", "an object", "3+", f"not a {a} but a {b}", f"a {a} on a {b}", "left", "to its left",
+              f"three {a}s: two and one", f"two rows of two {a}s", f"three {a}s: two {a}s and a {a}",
+              f"A {a} with a {b} on top of it", f"The {a} is left of the {b} and above the {b}",
+              "The former is red, the latter blue", f"a {a} and a {b}, red and blue, respectively",
+              f"a {a}, a {b}, left and right, respectively"}
+    for kind in ("exact", "partial"):
+        mean = {text: np.mean([score(text, task, TOY, kind) for task in tasks]) for text in texts | known}
+        assert max(mean.values()) <= max(mean[text] for text in known) + 1e-9, max(mean, key=mean.get)
+
+
+@pytest.mark.parametrize("tag, silent, guess", [
+    ("single_object", "", "{x}"), ("two_object", "a ring", "a ring and a {x}"),
+    ("counting", "rings", "{n} rings"), ("colors", "a ring", "a {c} ring"),
+    ("position", "a ring and a cross", "The ring is {r} the cross"),
+    ("position", "a ring", "The ring is {r} the {x}"),
+    ("color_attr", "a red ring", "a red ring and a {c} {x}"),
+    ("color_attr", "a red ring and a cross", "a red ring and a {c} cross"),
+    ("color_attr", "a ring and a cross", "a {c} ring and a {d} cross")])
+def test_leaving_a_fact_out_is_worth_no_more_than_guessing_it(tag, silent, guess):
+    choices = dict(x=TOY.objects, c=TOY.colors, d=TOY.colors, n=TOY.counts, r=TOY.relations)
+    choices = {name: values for name, values in choices.items() if f"{{{name}}}" in guess}
+    guesses = [guess.format(**dict(zip(choices, picked))) for picked in product(*choices.values())]
+    for task in toy_tasks(tag):
+        guessed = np.mean([score(text, task, TOY, "partial") for text in guesses])
+        assert score(silent, task, TOY, "partial") <= guessed + 1e-9, task
+
+
 # ---- tiny/world.py, and evaluate.py's rules ----------------------------------------------------------------
 
 
