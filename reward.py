@@ -405,30 +405,29 @@ FUNCTION_WORDS = {  # by kind; an underscore stands for the space inside a phras
     "refuse": "no not never none nothing neither nor without cannot cant isnt arent doesnt dont absent "
               "missing instead except unlike false wrong or either perhaps might may could should would if "
               "unless until whether unsure unclear wait almost nearly at_least at_most up_to more_than "
-              "less_than fewer_than rather_than other_than anything_but far_from used_to was were no_longer "
-              "no_more has_been have_been already nowhere devoid hardly barely scarcely gone formerly "
-              "previously once hard_to difficult_to impossible_to partly partially half word written reads "
-              "/ ?",
-    "join": "and with while but as_well_as & ) ,", "stop": ". ! ;",
+              "less_than fewer_than rather_than other_than anything_but far_from used_to will was were "
+              "having_been no_longer no_more has_been have_been already nowhere devoid hardly barely "
+              "scarcely gone formerly previously once hard_to difficult_to impossible_to partly partially "
+              "half word written reads / ?",
+    "join": "and with while whereas but as_well_as & ) ,", "stop": ". ! ;",
     "copula": "is s are looks appears seems remains has_been_painted : = (",
     "article": "a an the this these those its his her their my your",
-    "self": "it object objects item items thing things subject color colors colour colours answer total "
-            "altogether",
-    # Neither noun nor verb: what ends a noun phrase. Then verbs, and nouns that do not change what is before.
+    "self": "it animal fruit shape vehicle instrument object objects item items thing things subject color "
+            "colors colour colours answer total altogether",
+    # Neither noun nor verb: what ends a noun phrase. Then verbs.
     "prep": "of in on at high by near behind beside next to from for like as than about into onto around "
             "against along across through inside outside off up down toward towards during since that which "
-            "who whose where when here he she they you we i has have had having can will be being alone "
-            "asleep upright outdoors indoors together nearby overhead away still now even too many few less "
-            "more",
-    "verb": "fruit animal shape sits stands lies rests hangs leans seen shown visible found worn held made "
-            "stuck hung cut built kept drawn lit bent far open full",
+            "who whose where when here he she they you we i has have had having can be being alone asleep "
+            "upright outdoors indoors together nearby overhead away still now even too many few less more",
+    "verb": "sits stands lies rests hangs leans seen shown visible found worn held made stuck hung cut "
+            "built kept drawn lit bent far open full",
     "pair": "pair_of pairs_of pair", "rank": "former latter first second",
     "order": "left_to_right respectively", "shade": "light dark bright deep pale vivid pastel pure solid",
     # Phrases whose words would mean something else on their own, and things that are named after others.
     "other": "that_is_right that_s_right all_right right_next_to right_beside right_in right_now above_all "
              "from_above from_below over_there zebra_crossing sea_lion sea_horse fruit_bat power_plant",
     "skip": "rather very there colored coloured only just both each all also main primary dominant there_is "
-            "there_are to_be of_them color_of colour_of colors_of shade_of hue_of fur_of photo_of "
+            "there_are there_s to_be of_them color_of colour_of colors_of shade_of hue_of fur_of photo_of "
             "picture_of image_of photograph_of not_only not_just not_hard_to hard_to_miss no_doubt "
             "without_a_doubt nothing_but nothing_else nothing_more no_more_and_no_fewer_than you_would"}
 NUMBER_WORDS = {word: number for words in (
@@ -481,13 +480,15 @@ REWRITES = (  # what a token means where it stands, in this order
     ("<pair>(?=<color>*<object:scissors|skis|sunglasses>)", ""),
     ("<other:heads?><prep:of>(?=<color>*<object:broccoli>)", ""),
     ("<pair>", "number:2\t"), (rf"(<:{PLACED}|is|are>)<prep:on>", r"\1relation:above\t"),
-    (r"^(.*?<object:(\S+)>.*?<object:(?!\2\t)(\S+)>.*)<rank:(\S+)>",
-     lambda match: f"{match[1]}object:{match[2 if match[4] in ('former', 'first') else 3]}\t"),
+    *2 * [(r"^(.*?<object:(\S+)>.*?<object:(?!\2\t)(\S+)>.*)<rank:(\S+)>",
+           lambda match: f"{match[1]}object:{match[2 if match[4] in ('former', 'first') else 3]}\t")],
     (r"<rank:(\S+)>", r"other:\1\t"),
     # An object that is not said to be there. First: a dog runs. Then: a list; a dog bowl, the dog's collar,
     # a dog house, the leg of a chair, made for a cat, on a table, a toy car.
     (rf"((?:<article>|<number:1>){COUNTED})<other:(\S*[^s]s)>", r"\1verb:\2\t"),
-    (rf"(<:on|at|around|in|has|above|wearing>{PHRASE})<scenery:(\S+)>(?!<object|other>)", r"\1other:\2\t"),
+    (rf"((?:<prep>|<:with|above|wearing|holding>){PHRASE})<scenery:(\S+)>(?!<object|other>)",
+     r"\1other:\2\t"),
+    ("<scenery:person>(?=<:in|with|wearing|holding>)", "other:person\t"),
     (r"<scenery:(\S+)>", r"object:\1\t"),
     ("(?:<object>){3,}", "refuse:list\t"),
     (r"<object:(\S+)>(?=<object>)|<object:(\S+)><copula:s>(?=<color>*<other|object>)", r"other:\1\2\t"),
@@ -497,9 +498,10 @@ REWRITES = (  # what a token means where it stands, in this order
      r"\1other:\2\t"),
     (rf"(<:for|like|as|than|about|called|named>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),
     (rf"(<:toy|fake|stuffed|inflatable|cardboard|imaginary>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),
+    (rf"<verb:made><prep:of>({COLORS})<other>", r"\1"),  # is made of red wood
     (rf"<:has|have|with>(?:<article|other|verb>)*({COLORS})<verb>*(?:<other:{COAT}>|<self:colou?r>)",
      r"copula:is\t\1join:while\t"),
-    ("(<color>)<self><copula:is><article>", r"\1"),  # the red object is a dog
+    ("(<color>)(?:<self>|<number:1>)<copula:is><article>", r"\1"),  # the red object is a dog
     # A number that counts something else, or nothing for certain; two rows of two; one, two, three.
     ("(?:<number>){2,}", "other:number\t"),
     (r"(<relation>|<:about|around|roughly|some|between|number|at|to|than>)<number:(\S+)>", r"\1other:\2\t"),
@@ -574,9 +576,10 @@ def _read(text: str, vocabulary: Vocabulary, tag: str = "", facts: Sequence[dict
         del words[:size]
     wanted = {fact["class"] for fact in facts}
     asked = wanted | {str(fact[key]) for fact in facts for key in ("color", "count") if fact.get(key, 1) != 1}
+    scenery = {*vocabulary.objects} if tag == "colors" else SCENERY
     if facts:
         tokens = re.sub(rf"\b[a-z]+:({'|'.join(map(re.escape, asked))})\t", r"asked:!\t\g<0>", tokens)
-        tokens = re.sub(rf"\bobjects?:({'|'.join(SCENERY - wanted)})\t", r"scenery:\1\t", tokens)
+        tokens = re.sub(rf"\bobjects?:({'|'.join(scenery - wanted)})\t", r"scenery:\1\t", tokens)
     for rule, replacement in REWRITES:
         tokens = _pattern(rule).sub(replacement, tokens)
     return tokens
