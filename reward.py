@@ -408,7 +408,7 @@ FUNCTION_WORDS = {  # by kind; an underscore stands for the space inside a phras
               "less_than fewer_than rather_than other_than anything_but far_from used_to will was were "
               "having_been no_longer no_more has_been have_been already nowhere devoid hardly barely "
               "scarcely gone formerly previously once hard_to difficult_to impossible_to partly partially "
-              "half word written reads / ?",
+              "half_of word written reads / ?",
     "join": "and with while whereas but as_well_as & ) ,", "stop": ". ! ;",
     "copula": "is s are looks appears seems remains has_been_painted : = (",
     "article": "a an the this these those its his her their my your",
@@ -419,7 +419,7 @@ FUNCTION_WORDS = {  # by kind; an underscore stands for the space inside a phras
             "against along across through inside outside off up down toward towards during since that which "
             "who whose where when here he she they you we i has have had having can be being alone asleep "
             "upright outdoors indoors together nearby overhead away still now even too many few less more",
-    "verb": "sits stands lies rests hangs leans seen shown visible found worn held made stuck hung cut "
+    "verb": "half sits stands lies rests hangs leans seen shown visible found worn held made stuck hung cut "
             "built kept drawn lit bent far open full",
     "pair": "pair_of pairs_of pair", "rank": "former latter first second",
     "order": "left_to_right respectively", "shade": "light dark bright deep pale vivid pastel pure solid",
@@ -427,8 +427,8 @@ FUNCTION_WORDS = {  # by kind; an underscore stands for the space inside a phras
     "other": "that_is_right that_s_right all_right right_next_to right_beside right_in right_now above_all "
              "from_above from_below over_there zebra_crossing sea_lion sea_horse fruit_bat power_plant",
     "skip": "rather very there colored coloured only just both each all also main primary dominant there_is "
-            "there_are there_s to_be of_them color_of colour_of colors_of shade_of hue_of fur_of photo_of "
-            "picture_of image_of photograph_of not_only not_just not_hard_to hard_to_miss no_doubt "
+            "there_are there_s here_is to_be of_them color_of colour_of colors_of shade_of hue_of fur_of "
+            "photo_of picture_of image_of photograph_of not_only not_just not_hard_to hard_to_miss no_doubt "
             "without_a_doubt nothing_but nothing_else nothing_more no_more_and_no_fewer_than you_would"}
 NUMBER_WORDS = {word: number for words in (
     NUMBERS + ("eleven", "twelve"), ["another"] * 2, ["dozen"] * 13, ["", "single", "couple of"],
@@ -436,7 +436,6 @@ NUMBER_WORDS = {word: number for words in (
                 for number, word in enumerate(words)}
 PLACES = {"above": "above, above of, over, on top of, on the top of, atop, higher than, right above",
           "below": "below, below of, under, beneath, underneath, lower than, right below, right under"}
-LONGEST = 7  # words of the longest phrase, "the right hand side of this photograph"
 FRAMES = [f"{the} {frame}" for the in ("the", "this")
           for frame in ("image", "picture", "photo", "photograph", "frame", "scene")]
 # Before a side: where a thing looks is not where it is, and what 'its' is stays open.
@@ -450,7 +449,8 @@ COAT = "coat|fur|skin|paint|finish|body"  # its color is the thing's own
 SCENERY = {"dining table", "blanket", "shirt", "hat", "scarf", "helmet", "sunglasses", "tie"}
 SPELLINGS = (("’", "'"), ("n't", " not"), ("o'clock", "oclock"), ("\n", " . "),
              (r"\s[-–—]\s|—", " : "),  # "apple - black" says that the apple is black
-             (rf"-((?:{'|'.join(MORE_COLORS)}|colou?red|and-)\b)", r" \1"), ("and-", "and "),
+             (rf"-((?:{'|'.join(MORE_COLORS)}|colou?red|and-)\b)", r" \1"),
+             (r"\b(and|not|non)-", r"\1 "), (r"\bnon ", "not "),
              (rf"'s (colou?r|{COAT}) is\b", " is"))
 # A text is read as tokens 'kind:value', a tab after each. In a pattern, <kind|kind:values> is one of them.
 PHRASE = "(?:<article|other|verb|color|number>)*"  # what a noun has before it
@@ -460,14 +460,17 @@ DENIED = "(?:(?!<refuse|join|stop|asked>)<>)+(?=<join|stop>)"
 REWRITES = (  # what a token means where it stands, in this order
     (r"<other:(\d{1,9})\d*>", r"number:\1\t"),
     (r"<other:(?:lack|fail|resembl|expect|pretend|disguis|mistak|vanish|disappear|remov|exclud|likel|presum|"
-     r"suppos|guess|believ|think|probabl|possibl|maybe|approximate)\S*>", r"refuse:doubt\t"),
+     r"suppos|guess|believ|think|confus|wish|dream|imagin|belong|intend|inspir|replac|imitat|probabl|possibl|"
+     r"maybe|approximate)\S*>",
+     "refuse:doubt\t"),
     # 'not gray but', ', not red', 'no collar': true of anything that is not asked for.
     (rf"<refuse:not>{DENIED}<join:but>|<refuse:no|without>{DENIED}", ""),
     (rf"(<join|stop>)<refuse:not>{DENIED}", r"\1"), ("<asked>", ""),
     (r"<skip>|<other:\S*ly>|<shade>(?=<shade>*<color|ambiguous>)", ""), (r"<shade:(\S+)>", r"other:\1\t"),
     (r"<other:(?!(?:paint|build|ceil|cloth|draw|carv|str|w)ing)(\S+-\S+|\S+ing|\S+ed)>", r"verb:\1\t"),
     # Left and right where they stand for a side, and not in 'left the cat', 'right behind'.
-    (r"<bare:(\S+)>(?=<join|stop|self|object|copula>)|<bare:(right of)>(?=<article>)", r"side:\1\2\t"),
+    (r"<bare:(\S+)>(?=<join|stop|self|object|copula>)", r"side:\1\t"),
+    (r"(<copula>)<bare:(\S+)>(?=<article>)", r"\1side:\2\t"),
     (r"<bare:(\S+)>", r"verb:\1\t"),
     # Orange, color or fruit: an orange (tabby) cat, orange and white; an orange, orange is; it is orange.
     (r"<ambiguous:(\S+)>(?=<self:colou?r>|<other|verb>*<object>|<join><color>)", r"color:\1\t"),
@@ -493,11 +496,12 @@ REWRITES = (  # what a token means where it stands, in this order
     ("(?:<object>){3,}", "refuse:list\t"),
     (r"<object:(\S+)>(?=<object>)|<object:(\S+)><copula:s>(?=<color>*<other|object>)", r"other:\1\2\t"),
     (r"<one:(\S+)>(?=<other>)", r"other:\1\t"),
-    (r"(<other:(?!(?:view|shot|close-?up|kind|type|sort|breed|group|row|set|slice|piece|bunch|stack|pile|"
-     rf"herd|flock|front|side|top|bottom|middle|number)s?\t)\S+><prep:of>{PHRASE})<object:(\S+)>",
+    (r"(<other|self:(?!(?:total|view|shot|close-?up|kind|type|sort|breed|group|row|set|slice|piece|bunch|"
+     rf"stack|pile|herd|flock|front|side|top|bottom|middle|number)s?\t)\S+><prep:of>{PHRASE})<object:(\S+)>",
      r"\1other:\2\t"),
     (rf"(<:for|like|as|than|about|called|named>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),
-    (rf"(<:toy|fake|stuffed|inflatable|cardboard|imaginary>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),
+    (rf"(<:half|so-called|toy|fake|stuffed|inflatable|cardboard|imaginary>{PHRASE})<object:(\S+)>",
+     r"\1other:\2\t"),
     (rf"<verb:made><prep:of>({COLORS})<other>", r"\1"),  # is made of red wood
     (rf"<:has|have|with>(?:<article|other|verb>)*({COLORS})<verb>*(?:<other:{COAT}>|<self:colou?r>)",
      r"copula:is\t\1join:while\t"),
@@ -570,16 +574,19 @@ def _read(text: str, vocabulary: Vocabulary, tag: str = "", facts: Sequence[dict
     """The text as tokens, longest phrase first (a hot dog is no dog), each as what it is where it stands."""
     words, lexicon, tokens = [*_words(text), "."], _lexicon(vocabulary), f"stop:{tag or '.'}\t"
     while words:
-        phrases = [" ".join(words[:size]).replace("-", " ") for size in range(1, LONGEST + 1)]
-        size = next((size for size in range(LONGEST, 0, -1) if phrases[size - 1] in lexicon), 1)
+        phrases = [" ".join(words[:size]).replace("-", " ") for size in range(1, 8)]
+        size = next((size for size in range(7, 0, -1) if phrases[size - 1] in lexicon), 1)
         tokens += lexicon.get(phrases[size - 1], f"other:{words[0]}\t")
         del words[:size]
     wanted = {fact["class"] for fact in facts}
     asked = wanted | {str(fact[key]) for fact in facts for key in ("color", "count") if fact.get(key, 1) != 1}
-    scenery = {*vocabulary.objects} if tag == "colors" else SCENERY
+    scenery = ({*vocabulary.objects} if tag == "colors" else SCENERY) - wanted
     if facts:
         tokens = re.sub(rf"\b[a-z]+:({'|'.join(map(re.escape, asked))})\t", r"asked:!\t\g<0>", tokens)
-        tokens = re.sub(rf"\bobjects?:({'|'.join(scenery - wanted)})\t", r"scenery:\1\t", tokens)
+        tokens = re.sub(rf"\bobjects?:({'|'.join(scenery)})\t", r"scenery:\1\t", tokens)
+    else:  # a prompt: unknown words never hide what it asks for
+        tokens = _pattern(r"(<color><other:(?!\d)\S+>)|<other:(?!\d)\S+>|<verb>|<prep:(?!that|which|who)\S+>"
+                          ).sub(lambda match: match[1] or "", tokens)
     for rule, replacement in REWRITES:
         tokens = _pattern(rule).sub(replacement, tokens)
     return tokens
@@ -645,8 +652,8 @@ def _bearers(before: str, after: str) -> list[str | None]:
 
 def _relations(tokens: str, pair: Collection[str]) -> set[tuple[str, str, str]]:
     """What the text says about where two objects are, as canonical (subject, relation, reference)."""
-    listed = zip(_objects(tokens), ["left of"] if "order:left" in tokens else [])
-    listed = [*listed, *_respectively(tokens, "side")]
+    listed = [*zip(_objects(tokens), ["left of"] if "order:left" in tokens else []),  # from left to right
+              *_respectively(tokens, "side")]
     claims = {(subject, side, name) for subject, side in listed for name in pair}
     for place in re.finditer(r"\b(relation|its|side):([^\t]+)\t", tokens) if not claims else ():
         before, after = tokens[:place.start()], _pattern("<stop>").split(tokens[place.end():])[0]
@@ -660,7 +667,8 @@ def _relations(tokens: str, pair: Collection[str]) -> set[tuple[str, str, str]]:
             subject = _subject(before, "article|other|verb|color|number")
         near = _pattern("<object>").split(clause)[-1] + after[:after.find("\t") + 1]
         moving = _pattern(rf"<other|verb:(?!(?:{PLACED})\t)\S+>|<:has|have>").search(near)  # walking left
-        others = [name for name in _objects(before)[::-1] if name != subject]
+        vague = _pattern("^.*?<object>.*<article>(?:<other>)+(?!<other|color|verb|object>)").search(before)
+        others = [name for name in _objects(before)[::-1] if name != subject and not vague]  # what 'it' means
         references = {"relation": [_noun(tail)], "its": others[:1], "side": [] if moving else pair}[kind]
         claims |= {(subject, place[2], name) for name in references if subject and name}
     return {_canonical(*claim) for claim in claims if claim[0] != claim[2]}
