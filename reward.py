@@ -695,7 +695,7 @@ def score(answer: str, task: Task, vocabulary: Vocabulary,
         return 0.0
     if task.tag == "counting":  # 'three people: two men and a woman'
         count = task.facts[0]["count"]
-        parts = [part if noun else MAX_DRAWS for part, noun in numbers if part != count]
+        parts = [part if noun else np.inf for part, noun in numbers if part != count]
         return float(len(parts) < len(numbers) and sum(parts) in (0, count))
     if any(noun and count != 1 for count, noun in numbers):
         return 0.0
