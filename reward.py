@@ -368,200 +368,184 @@ def _own_task(line: bytes) -> Task:
 
 # Other names of the objects; each is also known in its plural.
 ALIASES = {name: tuple(aliases.split(", ")) for name, aliases in {
-    "person": "man, woman, boy, girl, child, lady, guy, human, toddler, surfer, cyclist, rider, player",
-    "car": "automobile, sedan, suv, convertible, taxi", "motorcycle": "motorbike, motor bike, motor cycle",
-    "airplane": "plane, aeroplane, aircraft, jet, airliner", "train": "locomotive", "cat": "kitten, kitty",
+    "person": "man, woman, boy, girl, child, lady, guy, human, surfer, player",
+    "bicycle": "bike, mountain bike",
+    "car": "automobile, sedan, suv", "motorcycle": "motorbike, motor bike, motor cycle", "cat": "kitten",
+    "airplane": "plane, aeroplane, aircraft, jet", "train": "locomotive", "boat": "ship, sailboat, sail boat",
     "truck": "lorry, pickup, pickup truck, fire truck", "traffic light": "traffic signal, stoplight",
-    "bicycle": "bike, mountain bike", "boat": "ship, sailboat, sail boat, rowboat, canoe, yacht",
-    "fire hydrant": "hydrant", "bench": "park bench", "parking meter": "meter", "skis": "ski", "axe": "ax",
-    "dog": "puppy, retriever, golden retriever, labrador, poodle, terrier, beagle, bulldog, husky, dachshund",
-    "bird": "duck, parrot, seagull, pigeon, sparrow, owl, eagle", "horse": "pony, foal, stallion, mare",
-    "cow": "bull, calf, cattle", "bear": "polar bear, grizzly bear, grizzly", "tie": "necktie, bow tie",
-    "backpack": "rucksack, back pack", "suitcase": "luggage", "snowboard": "snow board", "couch": "sofa",
-    "baseball bat": "bat", "baseball glove": "glove, baseball mitt", "surfboard": "surf board",
+    "fire hydrant": "hydrant", "bench": "park bench", "parking meter": "meter", "skis": "ski",
+    "dog": "puppy, golden retriever, labrador, poodle, beagle",
+    "bird": "duck, parrot, seagull, pigeon", "horse": "pony, foal", "sheep": "lamb", "handbag": "purse",
+    "cow": "bull, calf, cattle", "bear": "polar bear, grizzly bear", "backpack": "rucksack, back pack",
+    "tie": "necktie, bow tie", "suitcase": "luggage", "snowboard": "snow board", "baseball bat": "bat",
     "sports ball": "ball, soccer ball, basketball, football, volleyball, tennis ball, baseball",
-    "skateboard": "skate board", "tennis racket": "racket, tennis racquet, racquet", "hot dog": "hotdog",
-    "cup": "mug, coffee cup, teacup", "wine glass": "glass of wine, glasses of wine, wineglass",
-    "donut": "doughnut", "chair": "armchair", "potted plant": "plant, houseplant, house plant",
-    "dining table": "table, dinner table", "tv": "television, tv set, television set", "oven": "stove",
-    "laptop": "laptop computer, notebook computer", "computer mouse": "mouse", "refrigerator": "fridge",
-    "computer keyboard": "keyboard", "microwave": "microwave oven", "scissors": "scissor", "bathtub": "tub",
-    "tv remote": "remote, remote control, tv remote control, television remote", "clock": "wall clock",
+    "baseball glove": "glove, baseball mitt", "surfboard": "surf board", "skateboard": "skate board",
+    "tennis racket": "racket, tennis racquet, racquet", "cup": "mug, coffee cup, teacup", "hot dog": "hotdog",
+    "wine glass": "glass of wine, glasses of wine, wineglass", "donut": "doughnut", "chair": "armchair",
+    "couch": "sofa", "potted plant": "plant, houseplant, house plant", "dining table": "table, dinner table",
+    "tv": "television, tv set, television set", "laptop": "laptop computer, notebook computer",
+    "computer mouse": "mouse", "computer keyboard": "keyboard", "microwave": "microwave oven", "axe": "ax",
+    "tv remote": "remote, remote control, tv remote control, television remote", "oven": "stove",
     "cell phone": "phone, cellphone, mobile phone, mobile, smartphone, smart phone, telephone",
-    "teddy bear": "teddy, stuffed bear, toy bear", "toothbrush": "tooth brush", "rabbit": "bunny",
-    "hair drier": "hair dryer, hairdryer, hairdrier, blow dryer, dryer", "turtle": "tortoise",
-    "eggplant": "aubergine", "hamburger": "burger, cheeseburger", "frying pan": "pan, skillet",
-    "mailbox": "mail box, letterbox", "shirt": "t shirt, tshirt", "handbag": "purse", "sheep": "lamb, ewe",
-    "circle": "disk, disc, dot", "cross": "plus, plus sign", "diamond": "rhombus", "ring": "hoop"}.items()}
+    "refrigerator": "fridge", "scissors": "scissor", "teddy bear": "teddy, stuffed bear, toy bear",
+    "toothbrush": "tooth brush", "hair drier": "hair dryer, hairdryer, hairdrier, blow dryer, dryer",
+    "clock": "wall clock", "rabbit": "bunny", "turtle": "tortoise", "eggplant": "aubergine", "bathtub": "tub",
+    "hamburger": "burger, cheeseburger", "frying pan": "pan, skillet", "mailbox": "mail box, letterbox",
+    "shirt": "t shirt, tshirt", "circle": "disk, disc, dot", "cross": "plus, plus sign", "diamond": "rhombus",
+    "ring": "hoop"}.items()}
 COLOR_ALIASES = {"grey": "gray", "violet": "purple", "lavender": "purple", "crimson": "red", "scarlet": "red",
                  "maroon": "red", "navy": "blue", "golden": "gold", "jet black": "black",
                  "lemon yellow": "yellow"}
 # Known as colors in every vocabulary, so that "red and silver" never passes for red.
-MORE_COLORS = tuple("red orange yellow green blue purple pink brown black white gray gold silver beige tan "
-                    "cyan magenta turquoise teal khaki cream ivory olive bronze copper rainbow "
-                    "multicolored".split())
+MORE_COLORS = GENEVAL.colors + tuple("gray gold silver beige tan cyan magenta turquoise teal khaki cream "
+                                     "ivory olive bronze copper rainbow multicolored".split())
 FUNCTION_WORDS = {  # by kind; an underscore stands for the space inside a phrase
     # What denies, doubts, corrects, or speaks of another time; REWRITES has more.
-    "refuse": "no not never none nothing neither nor without cannot cant isnt arent doesnt dont absent "
-              "missing instead except unlike false wrong or either perhaps might may could should would if "
-              "unless until whether unsure unclear wait almost nearly at_least at_most up_to more_than "
-              "less_than fewer_than rather_than other_than anything_but far_from used_to will was were "
-              "having_been no_longer no_more has_been have_been already nowhere devoid hardly barely "
-              "scarcely gone formerly previously once hard_to difficult_to impossible_to partly partially "
-              "half_of word written reads / ?",
+    "refuse": "no not never none nothing neither nor without cannot absent missing instead except unlike "
+              "false wrong or either perhaps might may could should would if unless until whether unsure "
+              "almost nearly at_least at_most up_to more_than less_than fewer_than rather_than other_than "
+              "anything_but far_from used_to will was were no_longer no_more has_been have_been nowhere "
+              "devoid hardly gone formerly previously once hard_to difficult_to impossible_to / ?",
     "join": "and with while whereas but as_well_as & ) ,", "stop": ". ! ;",
-    "copula": "is s are looks appears seems remains has_been_painted : = (",
+    "copula": "is s are looks appears seems : = (",
     "article": "a an the this these those its his her their my your",
     "self": "it animal fruit shape vehicle instrument object objects item items thing things subject color "
             "colors colour colours answer total altogether",
-    # Neither noun nor verb: what ends a noun phrase. Then verbs.
-    "prep": "of in on at high by near behind beside next to from for like as than about into onto around "
-            "against along across through inside outside off up down toward towards during since that which "
-            "who whose where when here he she they you we i has have had having can be being alone asleep "
-            "upright outdoors indoors together nearby overhead away still now even too many few less more",
-    "verb": "half sits stands lies rests hangs leans seen shown visible found worn held made stuck hung cut "
-            "built kept drawn lit bent far open full",
-    "pair": "pair_of pairs_of pair", "rank": "former latter first second",
-    "order": "left_to_right respectively", "shade": "light dark bright deep pale vivid pastel pure solid",
-    # Phrases whose words would mean something else on their own, and things that are named after others.
-    "other": "that_is_right that_s_right all_right right_next_to right_beside right_in right_now above_all "
-             "from_above from_below over_there zebra_crossing sea_lion sea_horse fruit_bat power_plant",
-    "skip": "rather very there colored coloured only just both each all also main primary dominant there_is "
-            "there_are there_s here_is to_be of_them color_of colour_of colors_of shade_of hue_of fur_of "
-            "photo_of picture_of image_of photograph_of not_only not_just not_hard_to hard_to_miss no_doubt "
-            "without_a_doubt nothing_but nothing_else nothing_more no_more_and_no_fewer_than you_would"}
-NUMBER_WORDS = {word: number for words in (
-    NUMBERS + ("eleven", "twelve"), ["another"] * 2, ["dozen"] * 13, ["", "single", "couple of"],
-    [""] * 20 + "twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million".split())
-                for number, word in enumerate(words)}
-PLACES = {"above": "above, above of, over, on top of, on the top of, atop, higher than, right above",
-          "below": "below, below of, under, beneath, underneath, lower than, right below, right under"}
-FRAMES = [f"{the} {frame}" for the in ("the", "this")
-          for frame in ("image", "picture", "photo", "photograph", "frame", "scene")]
-# Before a side: where a thing looks is not where it is, and what 'its' is stays open.
-UNREAD = [look + to for look in "pointing facing looking gazing turned points faces looks".split()
-          for to in ("", " to the")] + ["s", "its", "his", "her", "their", "just"]
-PLACED = ("sits?|sitting|stands?|standing|lies?|lying|rests?|resting|hangs?|hanging|located|positioned|"
-          "placed|situated|perched|seated|seen|shown|visible|found|far")
-PAINTED = "<article>|<:in|painted|dyed|upholstered>"
-COAT = "coat|fur|skin|paint|finish|body"  # its color is the thing's own
+    # What ends a noun phrase; then verbs that no ending tells.
+    "prep": "of in on at high by near behind beside next to from for like as than about into around against "
+            "along across through inside outside up down toward towards that which who where when here he "
+            "she they you we i has have be being can asleep outdoors together nearby",
+    "verb": "half sits stands lies rests hangs leans seen shown visible found worn held made stuck hung "
+            "s_left s_right its_left its_right",
+    "pair": "pair_of pairs_of", "order": "respectively",
+    # Phrases whose words would mean something else on their own.
+    "other": "all_right right_next_to right_beside over_there zebra_crossing sea_lion from_above from_below",
+    "skip": "very there colored coloured only just both each all also main primary there_is there_are "
+            "there_s here_is to_be of_them color_of colour_of colors_of shade_of hue_of photo_of picture_of "
+            "image_of not_only not_just no_doubt without_a_doubt nothing_but nothing_else you_would"}
+NUMBER_WORDS = {word: number for number, word in enumerate((*NUMBERS, "eleven", "twelve"))} | {
+    "another": 1, "single": 1, "couple of": 2, "dozen": 12, "twenty": 20, "thirty": 30, "forty": 40,
+    "fifty": 50, "hundred": 100, "thousand": 1000}
+PLACES = {"above": "above, over, on top of, atop, higher than", "below": "below, under, beneath, underneath",
+          "left of": "left of, the left of, left side of, the left side of, the left hand side of",
+          "right of": "right of, the right of, right side of, the right side of, the right hand side of"}
+FRAME = "<article><other:image|picture|photo|photograph|frame|scene>"
 # What things lie on or wear: in passing, it is no second object.
 SCENERY = {"dining table", "blanket", "shirt", "hat", "scarf", "helmet", "sunglasses", "tie"}
-SPELLINGS = (("’", "'"), ("n't", " not"), ("o'clock", "oclock"), ("\n", " . "),
-             (r"\s[-–—]\s|—", " : "),  # "apple - black" says that the apple is black
-             (rf"-((?:{'|'.join(MORE_COLORS)}|colou?red|and-)\b)", r" \1"),
-             (r"\b(and|not|non)-", r"\1 "), (r"\bnon ", "not "),
-             (rf"'s (colou?r|{COAT}) is\b", " is"))
-# A text is read as tokens 'kind:value', a tab after each. In a pattern, <kind|kind:values> is one of them.
-PHRASE = "(?:<article|other|verb|color|number>)*"  # what a noun has before it
-COUNTED = "(?:<color|other|verb>)*<object>"
+SPELLINGS = (  # mended before the text is cut into words
+    ("’", "'"), ("n't", " not"), ("\n", " . "),
+    (rf"-((?:{'|'.join(MORE_COLORS)}|colou?red|and-)\b)", r" \1"),  # black-and-white, red-colored
+    (r"\b(and|not)-", r"\1 "))
+
+# A text is read as a string of tokens 'kind:value', with a tab after each; `other` is a word that the lexicon
+# doesn't know. REWRITES then turn each token into what it is where it stands, and claims are read off what is
+# left. "A dog bowl, not red." about a bowl, before and after:
+#
+#     article:a  object:dog  object:bowl  join:,  refuse:not  color:red  stop:.
+#     article:a  other:dog   object:bowl  join:,                         stop:.
+#
+# Patterns are regular expressions in which angle brackets stand for one token:
+#
+#     <object>      a token of this kind; <object:dog|cat> with one of these values, <object:(\S+)> with any
+#     <join|stop>   a token of one of these kinds; <:on|in> of any kind, with one of these values; <> any
+#     <one>         an object in the singular; <object> may also be in the plural, a token of kind `objects`
+PHRASE = "<article|other|verb|color|number>*"  # what a noun has before it
+COUNTED = "(?:<color|other|verb>)*<object>"  # 'red wooden chairs', after their number
 COLORS = "<color>(?:(?:<color>|<join:and|,|&>)*<color>)?"  # 'red, white and blue'
-DENIED = "(?:(?!<refuse|join|stop|asked>)<>)+(?=<join|stop>)"
-REWRITES = (  # what a token means where it stands, in this order
-    (r"<other:(\d{1,9})\d*>", r"number:\1\t"),
+PAINTED = "<article>|<:in|painted|dyed|upholstered>"  # between a thing and its color
+SHOWING = "total|view|shot|close-?up|kind|type|breed|group|row|set|piece|bunch|herd|flock|front|side|number"
+PLACED = ("sits?|sitting|stands?|standing|lies?|lying|rests?|resting|hangs?|hanging|located|positioned|"
+          "placed|situated|perched|seated|seen|shown|visible|found|far")  # verbs of being somewhere
+DENIED = "(?:(?!<refuse|join|stop|asked>)<>)+(?=<join|stop>)"  # up to the end of the clause
+
+REWRITES = (  # in this order
+    # DENIALS and doubts (`refuse`) make the whole answer worth nothing, unless they deny what nobody asked
+    # for: a token `asked` stands before whatever is. "Yellow, not orange" is right of a yellow thing.
     (r"<other:(?:lack|fail|resembl|expect|pretend|disguis|mistak|vanish|disappear|remov|exclud|likel|presum|"
-     r"suppos|guess|believ|think|confus|wish|dream|imagin|belong|intend|inspir|replac|imitat|probabl|possibl|"
-     r"maybe|approximate)\S*>",
-     "refuse:doubt\t"),
-    # 'not gray but', ', not red', 'no collar': true of anything that is not asked for.
-    (rf"<refuse:not>{DENIED}<join:but>|<refuse:no|without>{DENIED}", ""),
-    (rf"(<join|stop>)<refuse:not>{DENIED}", r"\1"), ("<asked>", ""),
-    (r"<skip>|<other:\S*ly>|<shade>(?=<shade>*<color|ambiguous>)", ""), (r"<shade:(\S+)>", r"other:\1\t"),
+     r"suppos|guess|believ|think|confus|imagin|imitat|probabl|possibl|maybe)\S*>", "refuse:doubt\t"),
+    (rf"<refuse:not>{DENIED}<join:but>", ""),  # (is) not gray but (pink)
+    (rf"<refuse:no|without>{DENIED}", ""),  # (a dog) without a collar
+    (rf"(<join|stop>)<refuse:not>{DENIED}", r"\1"),  # (yellow), not orange
+    ("<asked>", ""),
+    # WORDS that say nothing go; unknown words get a kind by their looks.
+    (r"<other:(\d{1,9})\d*>", r"number:\1\t"),  # 12
+    (rf"<skip>|<other:\S*ly>|<prep:in|of>{FRAME}", ""),  # clearly; in the image
+    ("<pair>(?=<color|ambiguous>*<object:scissors|skis|sunglasses>)", ""),  # a pair of scissors is one thing,
+    ("<other:heads?><prep:of>(?=<color|ambiguous>*<object:broccoli>)", ""),
+    ("<pair>", "number:2\t"),  # a pair of dogs two
     (r"<other:(?!(?:paint|build|ceil|cloth|draw|carv|str|w)ing)(\S+-\S+|\S+ing|\S+ed)>", r"verb:\1\t"),
-    # Left and right where they stand for a side, and not in 'left the cat', 'right behind'.
-    (r"<bare:(\S+)>(?=<join|stop|self|object|copula>)", r"side:\1\t"),
-    (r"(<copula>)<bare:(\S+)>(?=<article>)", r"\1side:\2\t"),
-    (r"<bare:(\S+)>", r"verb:\1\t"),
-    # Orange, color or fruit: an orange (tabby) cat, orange and white; an orange, orange is; it is orange.
-    (r"<ambiguous:(\S+)>(?=<self:colou?r>|<other|verb>*<object>|<join><color>)", r"color:\1\t"),
-    (r"(<article|number|color>)<ambiguous:(\S+)>", r"\1object:\2\t"),
-    (r"(<self:colou?r>)<ambiguous:(\S+)>", r"\1color:\2\t"),
-    (r"<ambiguous:(\S+)>(?=<copula>)", r"object:\1\t"),
-    (r"(<object>(?:(?!<stop>)<>)*<copula>|^<stop:colors|color_attr>.*?)<ambiguous:(\S+)>", r"\1color:\2\t"),
+    # ORANGE is a color or a fruit, as any word that is both a color and an object of the vocabulary.
+    (r"<ambiguous:(\S+)>(?=<self:colou?r>|<other|verb>*<object>|<join><color>)", r"color:\1\t"),  # orange cat
+    (r"(<article|number|color>)<ambiguous:(\S+)>", r"\1object:\2\t"),  # an orange
+    (r"(<object>(?:(?!<stop>)<>)*<copula>)<ambiguous:(\S+)>", r"\1color:\2\t"),  # the cat is orange
+    (r"(^<stop:colors|color_attr>.*?)<ambiguous:(\S+)>", r"\1color:\2\t"),  # a color is asked for
     (r"<ambiguous:(\S+)>", r"object:\1\t"),
-    # A pair of scissors is one thing, a pair of dogs two.
-    ("<pair>(?=<color>*<object:scissors|skis|sunglasses>)", ""),
-    ("<other:heads?><prep:of>(?=<color>*<object:broccoli>)", ""),
-    ("<pair>", "number:2\t"), (rf"(<:{PLACED}|is|are>)<prep:on>", r"\1relation:above\t"),
-    *2 * [(r"^(.*?<object:(\S+)>.*?<object:(?!\2\t)(\S+)>.*)<rank:(\S+)>",
-           lambda match: f"{match[1]}object:{match[2 if match[4] in ('former', 'first') else 3]}\t")],
-    (r"<rank:(\S+)>", r"other:\1\t"),
-    # An object that is not said to be there. First: a dog runs. Then: a list; a dog bowl, the dog's collar,
-    # a dog house, the leg of a chair, made for a cat, on a table, a toy car.
-    (rf"((?:<article>|<number:1>){COUNTED})<other:(\S*[^s]s)>", r"\1verb:\2\t"),
+    # COMPOUNDS and objects that are not said to be there: they become an `other`, something unknown, so that
+    # nothing is claimed of them, and naming them is no contradiction. In "a dog house" there is no dog.
+    # `scenery` is an object that an answer to this question may name in passing, where a preposition does so.
+    (rf"((?:<article>|<number:1>){COUNTED})<other:(\S*[^s]s)>", r"\1verb:\2\t"),  # a dog runs: no compound
     (rf"((?:<prep>|<:with|above|wearing|holding>){PHRASE})<scenery:(\S+)>(?!<object|other>)",
-     r"\1other:\2\t"),
-    ("<scenery:person>(?=<:in|with|wearing|holding>)", "other:person\t"),
+     r"\1other:\2\t"),  # (two cups) on a table
     (r"<scenery:(\S+)>", r"object:\1\t"),
-    ("(?:<object>){3,}", "refuse:list\t"),
-    (r"<object:(\S+)>(?=<object>)|<object:(\S+)><copula:s>(?=<color>*<other|object>)", r"other:\1\2\t"),
-    (r"<one:(\S+)>(?=<other>)", r"other:\1\t"),
-    (r"(<other|self:(?!(?:total|view|shot|close-?up|kind|type|sort|breed|group|row|set|slice|piece|bunch|"
-     rf"stack|pile|herd|flock|front|side|top|bottom|middle|number)s?\t)\S+><prep:of>{PHRASE})<object:(\S+)>",
-     r"\1other:\2\t"),
-    (rf"(<:for|like|as|than|about|called|named>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),
-    (rf"(<:half|so-called|toy|fake|stuffed|inflatable|cardboard|imaginary>{PHRASE})<object:(\S+)>",
-     r"\1other:\2\t"),
-    (rf"<verb:made><prep:of>({COLORS})<other>", r"\1"),  # is made of red wood
-    (rf"<:has|have|with>(?:<article|other|verb>)*({COLORS})<verb>*(?:<other:{COAT}>|<self:colou?r>)",
-     r"copula:is\t\1join:while\t"),
-    ("(<color>)(?:<self>|<number:1>)<copula:is><article>", r"\1"),  # the red object is a dog
-    # A number that counts something else, or nothing for certain; two rows of two; one, two, three.
-    ("(?:<number>){2,}", "other:number\t"),
-    (r"(<relation>|<:about|around|roughly|some|between|number|at|to|than>)<number:(\S+)>", r"\1other:\2\t"),
-    (r"<number:(\d+)><other:(?:row|pair|group|set|stack|line|column)s><prep:of><number:(\d+)>",
-     lambda match: f"number:{int(match[1]) * int(match[2])}\t"),
-    (r"(<side>)<number:1>", r"\1self:one\t"),  # the top one
-    (rf"(<other|object>|<prep:(?!of\t)\S+>)<number:(\S+)>(?!{COUNTED})", r"\1other:\2\t"),
-    (rf"<number:(\S+)>(?!{COUNTED}|<stop|join|self>|<copula:[:=(]>)", r"other:\1\t"),
-    (rf"(<article|color|other>)<number:1>(?!{COUNTED})", r"\1other:one\t"),
-    ("<number:1><join>+<number:2>(?:<join>+<number:3>(?:<join>+<number:4>(?:<join>+<number:5>)?)?)?",
-     lambda match: re.search(r"[^\t]+\t$", match[0])[0]),
+    ("(?:<object>){3,}", "refuse:list\t"),  # dog cat bed
+    (r"<object:(\S+)>(?=<object>)", r"other:\1\t"),  # dog (bowl)
+    (r"<object:(\S+)><copula:s>(?=<color>*<other|object>)", r"other:\1\t"),  # the dog's (collar)
+    (r"<one:(\S+)>(?=<other>)", r"other:\1\t"),  # dog (house)
+    (rf"(<other|self:(?!(?:{SHOWING})s?\t)\S+><prep:of>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),  # a leg of
+    (rf"(<:for|like|as|than|about|called|named>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),  # made for a cat
+    (rf"(<:half|toy|fake|stuffed>{PHRASE})<object:(\S+)>", r"\1other:\2\t"),  # a toy car
+    (rf"<:has|have|with>(?:<article|other|verb>)*({COLORS})<verb>*<:coat|fur|skin|paint|finish|body|colou?r>",
+     r"copula:is\t\1join:while\t"),  # (a dog) with brown fur: the dog is brown
+    # NUMBERS that count something else, or nothing for certain, become an `other` as well.
+    ("(?:<number>){2,}", "other:number\t"),  # thirty two, three dozen
+    (r"(<relation>|<:about|around|some|number|at|to|than>)<number:(\S+)>", r"\1other:\2\t"),  # over three
+    (rf"(<article|color|other|side>)<number:1>(?!{COUNTED})", r"\1self:one\t"),  # the black one
+    (rf"(<other|object>|<prep:(?!of\t)\S+>)<number:(\S+)>(?!{COUNTED})", r"\1other:\2\t"),  # line 4
+    (rf"<number:(\S+)>(?!{COUNTED}|<stop|join|self>|<copula:[:=(]>)", r"other:\1\t"),  # two wheels
+    # PLACES. 'left' is a side in "the dog is left", and none in "a man left" or "walking to the left". A side
+    # relates to the other object; so does `its`, as in "above it".
+    (rf"<relation:(\S+)>{FRAME}", r"side:\1\t"),  # on the left of the image
+    (r"<bare:(\S+)>(?=<join|stop|self|object|copula>)", r"side:\1\t"),  # the dog is left.
+    (rf"((?:<other|verb:(?!(?:{PLACED})\t)\S+>|<:has|have|looks>)(?:(?!<object|join|stop>)<>)*)<side>",
+     r"\1"),  # walks to the left
+    (r"<relation:(above|below)>(?=<join|stop>(?!<prep|article>*<relation>))", r"side:\1\t"),  # is above.
+    (rf"(<:{PLACED}|is|are>)<prep:on>", r"\1relation:above\t"),  # sits on
 )
 
 
 @cache
 def _pattern(rule: str) -> re.Pattern:
-    """The regular expression of a pattern over tokens; <one> is an object in the singular, <> any token."""
+    """The regular expression of a pattern over tokens, in the notation explained above."""
     def token(match: re.Match) -> str:
         kinds = match[1].replace("object", "objects?").replace("one", "object") or "[a-z]+"
-        return rf"(?:(?<![^\t])(?:{kinds}):(?:{match[2] or chr(92) + 'S+'})\t)".replace(r"\S", r"[^\t]")
-    return re.compile(re.sub(r"<([a-z|]*)(?::((?:[^<>]|<!)*))?>", token, rule))
+        values = (match[2] or r"\S+").replace(r"\S", r"[^\t]")  # a value may hold spaces: 'hot dog'
+        return rf"(?:(?<![^\t])(?:{kinds}):(?:{values})\t)"
+    return re.compile(re.sub(r"<([a-z|]*)(?::([^<>]*))?>", token, rule))
 
 
 @cache
 def _lexicon(vocabulary: Vocabulary) -> dict[str, str]:
     """The token of every known phrase. Later entries win, and the vocabulary's own names come last."""
-    colors = {name: name for name in MORE_COLORS + vocabulary.colors} | COLOR_ALIASES
-    entries = {f"in {frame}": "skip:frame" for frame in FRAMES} | _place_entries()
-    entries |= {words.replace("_", " "): f"{kind}:{words}"
-                for kind, phrases in FUNCTION_WORDS.items() for words in phrases.split()}
+    entries = {"the top": "side:above", "the bottom": "side:below"}
+    for relation, phrases in PLACES.items():
+        for phrase in phrases.split(", "):
+            entries |= {phrase: f"relation:{relation}", f"{phrase} it": f"its:{relation}"}
+    for side in ("left", "right"):
+        entries |= {side: f"bare:{side} of", f"to its {side}": f"its:{side} of"}
+        entries |= {f"the {side}{part}": f"side:{side} of" for part in ("", " side", " hand side")}
+    for kind, phrases in FUNCTION_WORDS.items():
+        entries |= {phrase.replace("_", " "): f"{kind}:{phrase}" for phrase in phrases.split()}
     entries |= {word: f"number:{number}" for word, number in NUMBER_WORDS.items()}
-    entries |= {word: f"color:{color}" for word, color in colors.items()}
-    aliases = {a: n for n in vocabulary.objects for a in (*ALIASES.get(n, ()), n.replace(" ", ""))}
-    for word, name in (*aliases.items(), *zip(vocabulary.objects, vocabulary.objects)):
-        entries[word] = f"{'ambiguous' if word in vocabulary.colors else 'object'}:{name}"
+    entries |= {color: f"color:{color}" for color in MORE_COLORS + vocabulary.colors}
+    entries |= {word: f"color:{color}" for word, color in COLOR_ALIASES.items()}
+    nouns = [(word, name) for name in vocabulary.objects
+             for word in (*ALIASES.get(name, ()), name.replace(" ", ""))]
+    nouns += [(name, name) for name in vocabulary.objects]
+    for word, name in nouns:
+        entries[word] = f"ambiguous:{name}" if word in vocabulary.colors else f"object:{name}"
         for form in (_plural_word(word), _naive_plural(word)):
             entries.setdefault(form, f"objects:{name}")
     return {phrase: token + "\t" for phrase, token in entries.items()}
-
-
-def _place_entries() -> dict[str, str]:
-    """'left of' relates two objects; 'on the left (side of the image)' places one in the frame."""
-    places = {f"{the}{side}{part}": f"{side} of" for side in ("left", "right")
-              for the in ("the ", "") for part in ("", " side", " hand side")}
-    relations = {phrase: relation for relation, phrases in PLACES.items() for phrase in phrases.split(", ")}
-    relations |= {f"{place} of": relation for place, relation in places.items()}
-    entries = {"the top": "side:above", "the bottom": "side:below"}
-    entries |= {place + of: f"side:{relation}" for place, relation in places.items()
-                for of in ("", *(f" of {frame}" for frame in FRAMES))}
-    for side in ("left", "right"):
-        entries |= {f"{word} {side}": f"verb:{side}" for word in UNREAD}
-        entries |= {side: f"bare:{side} of", f"to its {side}": f"its:{side} of"}
-    kinds = {"": "relation", " it": "its", " which": "its", " him": "its", " her": "its", " them": "other",
-             " each other": "other"}
-    return entries | {phrase + it: f"{kind}:{relation}" for phrase, relation in relations.items()
-                      for it, kind in kinds.items()}
 
 
 def _words(text: str) -> list[str]:
@@ -571,22 +555,24 @@ def _words(text: str) -> list[str]:
 
 
 def _read(text: str, vocabulary: Vocabulary, tag: str = "", facts: Sequence[dict] = ()) -> str:
-    """The text as tokens, longest phrase first (a hot dog is no dog), each as what it is where it stands."""
+    """The text as tokens, longest phrase first (a hot dog is no dog), each as what it is where it stands.
+
+    Without facts it is a prompt.
+    """
     words, lexicon, tokens = [*_words(text), "."], _lexicon(vocabulary), f"stop:{tag or '.'}\t"
     while words:
         phrases = [" ".join(words[:size]).replace("-", " ") for size in range(1, 8)]
         size = next((size for size in range(7, 0, -1) if phrases[size - 1] in lexicon), 1)
         tokens += lexicon.get(phrases[size - 1], f"other:{words[0]}\t")
         del words[:size]
-    wanted = {fact["class"] for fact in facts}
-    asked = wanted | {str(fact[key]) for fact in facts for key in ("color", "count") if fact.get(key, 1) != 1}
-    scenery = ({*vocabulary.objects} if tag == "colors" else SCENERY) - wanted
+    asked = {str(value) for fact in facts for value in fact.values() if value != 1}
+    scenery = (set(vocabulary.objects) if tag == "colors" else SCENERY) - {fact["class"] for fact in facts}
     if facts:
         tokens = re.sub(rf"\b[a-z]+:({'|'.join(map(re.escape, asked))})\t", r"asked:!\t\g<0>", tokens)
         tokens = re.sub(rf"\bobjects?:({'|'.join(scenery)})\t", r"scenery:\1\t", tokens)
     else:  # a prompt: unknown words never hide what it asks for
         tokens = _pattern(r"(<color><other:(?!\d)\S+>)|<other:(?!\d)\S+>|<verb>|<prep:(?!that|which|who)\S+>"
-                          ).sub(lambda match: match[1] or "", tokens)
+                          ).sub(r"\1", tokens)
     for rule, replacement in REWRITES:
         tokens = _pattern(rule).sub(replacement, tokens)
     return tokens
@@ -598,80 +584,89 @@ def _objects(tokens: str) -> list[str]:
 
 
 def _numbers(tokens: str) -> list[tuple[int, str]]:
-    """Each number with the object that it counts, if any; 'a clock' is one."""
+    """Each number with the object that it counts, if said: 'two: a dog and' -> (2, ""), (1, "dog")."""
     counts = _pattern(rf"(?:<number:(\d+)>|<article:an?>(?={COUNTED}))"
                       r"(?:(?:<color|other|verb>)*<object:(\S+)>)?")
     return [(int(count or 1), name) for count, name in counts.findall(tokens)]
 
 
 def _noun(tokens: str, skipped: str = "other|verb|color|number") -> str | None:
-    """What a phrase is about: an object, "" for 'it' or nothing said, None for a thing that is unknown."""
-    words, name, it, prep = _pattern(rf"(?:<article|stop>|<prep:that>)*((?:<{skipped}>)*)(?:<object:(\S+)>|"
-                                     "(<self>)|(<prep>)?)").match(tokens).groups()
-    return name or (None if not it and (prep or re.search("other:|verb:", words)) else "")
+    """What the phrase at the start of the tokens is about, past words of the skipped kinds.
+
+    'the wooden bench is' -> "bench"; 'it is', 'red' -> "", nothing is named; 'the wall is' -> None, unknown.
+    """
+    words, name, it, prep = _pattern(rf"(?:<article|stop>|<prep:that>)*((?:<{skipped}>)*)"
+                                     r"(?:<object:(\S+)>|(<self>)|(<prep>))?").match(tokens).groups()
+    if name or it:
+        return name or ""
+    return None if prep or re.search("other:|verb:", words) else ""
 
 
 def _subject(before: str, skipped: str = "other|verb|color|number") -> str | None:
-    """What a copula or a place is said of, given the tokens before it."""
+    """What 'is' or a place is said of, given the tokens before it, as _noun tells it.
+
+    'a cat and a dog that (is)' -> "dog"; 'The dog sits and (is)' -> "dog", of an earlier clause.
+    """
     if relative := _pattern(r"<object:(\S+)>(?:<join|verb|other>)*<:that|which|who>$").search(before):
         return relative[1]
-    clauses = [_pattern(edge).split(before)[-1] for edge in ("<join|stop>|<copula::>", "<stop>")]
-    said = (clause for clause in clauses if re.search("object|self|other", clause))  # (the dog sits and) is
-    return _noun(next(said, ""), skipped)
-
-
-def _respectively(tokens: str, kind: str) -> list[tuple[str, str]]:
-    """Each object with its value, where 'the A and the B are red and blue, respectively'."""
-    names, values = _objects(tokens), _pattern(rf"<{kind}:(\S+)>").findall(tokens)
-    return [*zip(names, values)] if len(names) == len(values) and "order:respectively" in tokens else []
+    for edge in ("<join|stop>|<copula::>", "<stop>"):
+        clause = _pattern(edge).split(before)[-1]
+        if re.search("object|self|other", clause):
+            return _noun(clause, skipped)
+    return ""
 
 
 def _colors_of(tokens: str) -> set[tuple[str, str]]:
     """The colors that the text gives to things, as (object, color), of "" where the thing is only 'it'."""
-    found = set(_respectively(tokens, "color"))
-    for run in _pattern(COLORS).finditer(tokens) if not found else ():
+    names, colors = _objects(tokens), _pattern(r"<color:(\S+)>").findall(tokens)
+    if "order:" in tokens and len(names) == len(colors):
+        return set(zip(names, colors))  # A and B are red and blue, respectively
+    found = set()
+    for run in _pattern(COLORS).finditer(tokens):
         before, after = tokens[:run.start()], tokens[run.end():]
-        colors = _pattern(r"<color:(\S+)>").findall(run[0])
-        found |= {(name, color) for name in _bearers(before, after) for color in colors if name is not None}
-        if _pattern("<join>$").search(before) and _pattern("<join|stop>").match(after):
-            found.add(("", "unknown"))  # blue with silver, mauve and red
+        names = [name for name in _bearers(before, after) if name is not None]
+        found |= {(name, color) for name in names for color in _pattern(r"<color:(\S+)>").findall(run[0])}
     return found
 
 
 def _bearers(before: str, after: str) -> list[str | None]:
-    """The things that a color between these tokens is said of."""
+    """The things that a color between these tokens is said of, as _noun tells them."""
     if noun := _pattern(r"(?:<other|verb>)*<object:(\S+)>|<verb>*<other>").match(after):
         return [noun[1]]  # a red (wooden) bench; or something unknown
     if copula := _pattern(rf"(<copula>)(?:<other>|{PAINTED}|<join:,>(?=<other>))*$").search(before):
-        before = before[:copula.start()]  # 'A is red', 'A: red', 'A (red)', 'A and B are red'
+        before = before[:copula.start()]  # 'A is red', 'A: red', 'A (red)'
         names = _objects(_pattern("<stop|copula>").split(before)[-1])
-        return names if copula[1] == "copula:are\t" and len(names) > 1 else [_subject(before)]
-    bare = _pattern(rf"(?:<object:(\S+)>|<stop><article>*<other>?)(?:{PAINTED})*$")
-    return [last[1] or "" for last in bare.finditer(before)]  # the bench red, a bench in red; red
+        together = copula[1] == "copula:are\t" and len(names) > 1  # 'A and B are red'
+        return names if together else [_subject(before)]
+    bare = _pattern(rf"(?:<object:(\S+)>|<stop><article>*<other>?)(?:{PAINTED})*$").search(before)
+    return [bare[1] or ""] if bare else []  # the bench red, a bench in red; red
 
 
 def _relations(tokens: str, pair: Collection[str]) -> set[tuple[str, str, str]]:
-    """What the text says about where two objects are, as canonical (subject, relation, reference)."""
-    listed = [*zip(_objects(tokens), ["left of"] if "order:left" in tokens else []),  # from left to right
-              *_respectively(tokens, "side")]
-    claims = {(subject, side, name) for subject, side in listed for name in pair}
-    for place in re.finditer(r"\b(relation|its|side):([^\t]+)\t", tokens) if not claims else ():
+    """What the text says about where the two objects are, as canonical (subject, relation, reference)."""
+    claims = set()
+    for place in re.finditer(r"\b(relation|its|side):([^\t]+)\t", tokens):
         before, after = tokens[:place.start()], _pattern("<stop>").split(tokens[place.end():])[0]
-        tail = _pattern("^(?:<join>+(?:<prep|article>)*<relation>)*").sub("", after)  # above and left of
-        alone = _pattern("<relation:above|below>$").match(place[0]) and _pattern("<join>|$").match(tail)
-        kind, clause = "side" if alone else place[1], _pattern("<join|stop>").split(before)[-1]
-        fronted = _pattern("<join|stop>(?:<prep><article>?|<verb>)*$").search(before)  # 'above it is a dog'
-        beyond = _pattern("^.*?<object>").sub("", after) if kind == "relation" else after
-        subject = _noun(_pattern("^(?:(?!<article|object>)<>)*").sub("", beyond)) if fronted else ""
-        if subject == "" and len(_objects(clause)) < 2:  # else: of which of them?
-            subject = _subject(before, "article|other|verb|color|number")
-        near = _pattern("<object>").split(clause)[-1] + after[:after.find("\t") + 1]
-        moving = _pattern(rf"<other|verb:(?!(?:{PLACED})\t)\S+>|<:has|have>").search(near)  # walking left
-        vague = _pattern("^.*?<object>.*<article>(?:<other>)+(?!<other|color|verb|object>)").search(before)
-        others = [name for name in _objects(before)[::-1] if name != subject and not vague]  # what 'it' means
-        references = {"relation": [_noun(tail)], "its": others[:1], "side": [] if moving else pair}[kind]
+        references = pair  # 'on the left', 'to its left': of the other one
+        if place[1] == "relation":  # 'left of B', 'above and left of B'
+            references = [_noun(_pattern("^(?:<join>+(?:<prep|article>)*<relation>)*").sub("", after))]
+            after = _pattern("^.*?<object>").sub("", after)
+        subject = _placed(before, after)
         claims |= {(subject, place[2], name) for name in references if subject and name}
     return {_canonical(*claim) for claim in claims if claim[0] != claim[2]}
+
+
+def _placed(before: str, after: str) -> str | None:
+    """What a place is said of, given the tokens before it and after its reference, as _noun tells it.
+
+    'The dog is (left of the cat)' -> "dog"; '(Left of the cat) is a dog' -> "dog", fronted.
+    """
+    clause = _pattern("<join|stop>").split(before)[-1]
+    if _pattern("^(?:<prep><article>?|<verb>)*$").match(clause):
+        subject = _noun(_pattern("^(?:(?!<article|object>)<>)*").sub("", after))
+        if subject != "":
+            return subject
+    return _subject(before, "article|other|verb|color|number")
 
 
 def score(answer: str, task: Task, vocabulary: Vocabulary,
@@ -693,7 +688,7 @@ def score(answer: str, task: Task, vocabulary: Vocabulary,
     named, numbers = _objects(tokens), _numbers(tokens)
     if set(named) - set(wanted) or "refuse:" in tokens:
         return 0.0
-    if task.tag == "counting":  # 'three people: two men and a woman'
+    if task.tag == "counting":  # of others than the number itself: 'three people: two men and a woman'
         count = task.facts[0]["count"]
         parts = [part if noun else np.inf for part, noun in numbers if part != count]
         return float(len(parts) < len(numbers) and sum(parts) in (0, count))
@@ -702,12 +697,16 @@ def score(answer: str, task: Task, vocabulary: Vocabulary,
     colors = {claim for claim in _colors_of(tokens) if claim[0] in ("", *wanted)}
     if task.tag == "colors":
         return float({color for _, color in colors} == {task.facts[0]["color"]})
-    chances = [1 if name in named else 1 / len(vocabulary.objects) for name in wanted]  # of being right
+    claims, truths, choices = set(), set(), ()
     if task.tag == "position":
-        claims, truth = _relations(tokens, wanted), task_key(task)[1:]
-        chances.append(0 if claims - {truth} else 1 if claims else 1 / len(vocabulary.relations))
+        claims, truths, choices = _relations(tokens, wanted), {task_key(task)[1:]}, vocabulary.relations
     if task.tag == "color_attr":
         truths = {(fact["class"], fact["color"]) for fact in task.facts}
-        wrong = {claim for claim in colors if claim[0]} - truths
-        chances += [0 if wrong else 1 if truth in colors else 1 / len(vocabulary.colors) for truth in truths]
-    return float(prod(chances) if kind == "partial" and 1 in chances else set(chances) == {1})
+        claims, choices = {claim for claim in colors if claim[0]}, vocabulary.colors
+    if claims - truths:
+        return 0.0
+    chances = [1 if name in named else 1 / len(vocabulary.objects) for name in wanted]
+    chances += [1 if truth in claims else 1 / len(choices) for truth in truths]
+    if kind == "exact" or 1 not in chances:
+        return float(set(chances) == {1})
+    return prod(chances)
