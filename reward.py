@@ -368,31 +368,31 @@ def _own_task(line: bytes) -> Task:
 
 # Other names of the objects; each is also known in its plural.
 ALIASES = {name: tuple(aliases.split(", ")) for name, aliases in {
-    "person": "man, woman, boy, girl, child, lady, guy, human, surfer, player",
-    "bicycle": "bike, mountain bike",
-    "car": "automobile, sedan, suv", "motorcycle": "motorbike, motor bike, motor cycle", "cat": "kitten",
-    "airplane": "plane, aeroplane, aircraft, jet", "train": "locomotive", "boat": "ship, sailboat, sail boat",
+    "person": "man, woman, boy, girl, child, lady, guy, human, toddler, surfer, cyclist, rider, player",
+    "car": "automobile, sedan, suv, convertible, taxi", "motorcycle": "motorbike, motor bike, motor cycle",
+    "airplane": "plane, aeroplane, aircraft, jet, airliner", "train": "locomotive", "cat": "kitten, kitty",
     "truck": "lorry, pickup, pickup truck, fire truck", "traffic light": "traffic signal, stoplight",
-    "fire hydrant": "hydrant", "bench": "park bench", "parking meter": "meter", "skis": "ski",
-    "dog": "puppy, golden retriever, labrador, poodle, beagle",
-    "bird": "duck, parrot, seagull, pigeon", "horse": "pony, foal", "sheep": "lamb", "handbag": "purse",
-    "cow": "bull, calf, cattle", "bear": "polar bear, grizzly bear", "backpack": "rucksack, back pack",
-    "tie": "necktie, bow tie", "suitcase": "luggage", "snowboard": "snow board", "baseball bat": "bat",
+    "bicycle": "bike, mountain bike", "boat": "ship, sailboat, sail boat, rowboat, canoe, yacht",
+    "fire hydrant": "hydrant", "bench": "park bench", "parking meter": "meter", "skis": "ski", "axe": "ax",
+    "dog": "puppy, retriever, golden retriever, labrador, poodle, terrier, beagle, bulldog, husky, dachshund",
+    "bird": "duck, parrot, seagull, pigeon, sparrow, owl, eagle", "horse": "pony, foal, stallion, mare",
+    "cow": "bull, calf, cattle", "bear": "polar bear, grizzly bear, grizzly", "tie": "necktie, bow tie",
+    "backpack": "rucksack, back pack", "suitcase": "luggage", "snowboard": "snow board", "couch": "sofa",
+    "baseball bat": "bat", "baseball glove": "glove, baseball mitt", "surfboard": "surf board",
     "sports ball": "ball, soccer ball, basketball, football, volleyball, tennis ball, baseball",
-    "baseball glove": "glove, baseball mitt", "surfboard": "surf board", "skateboard": "skate board",
-    "tennis racket": "racket, tennis racquet, racquet", "cup": "mug, coffee cup, teacup", "hot dog": "hotdog",
-    "wine glass": "glass of wine, glasses of wine, wineglass", "donut": "doughnut", "chair": "armchair",
-    "couch": "sofa", "potted plant": "plant, houseplant, house plant", "dining table": "table, dinner table",
-    "tv": "television, tv set, television set", "laptop": "laptop computer, notebook computer",
-    "computer mouse": "mouse", "computer keyboard": "keyboard", "microwave": "microwave oven", "axe": "ax",
-    "tv remote": "remote, remote control, tv remote control, television remote", "oven": "stove",
+    "skateboard": "skate board", "tennis racket": "racket, tennis racquet, racquet", "hot dog": "hotdog",
+    "cup": "mug, coffee cup, teacup", "wine glass": "glass of wine, glasses of wine, wineglass",
+    "donut": "doughnut", "chair": "armchair", "potted plant": "plant, houseplant, house plant",
+    "dining table": "table, dinner table", "tv": "television, tv set, television set", "oven": "stove",
+    "laptop": "laptop computer, notebook computer", "computer mouse": "mouse", "refrigerator": "fridge",
+    "computer keyboard": "keyboard", "microwave": "microwave oven", "scissors": "scissor", "bathtub": "tub",
+    "tv remote": "remote, remote control, tv remote control, television remote", "clock": "wall clock",
     "cell phone": "phone, cellphone, mobile phone, mobile, smartphone, smart phone, telephone",
-    "refrigerator": "fridge", "scissors": "scissor", "teddy bear": "teddy, stuffed bear, toy bear",
-    "toothbrush": "tooth brush", "hair drier": "hair dryer, hairdryer, hairdrier, blow dryer, dryer",
-    "clock": "wall clock", "rabbit": "bunny", "turtle": "tortoise", "eggplant": "aubergine", "bathtub": "tub",
-    "hamburger": "burger, cheeseburger", "frying pan": "pan, skillet", "mailbox": "mail box, letterbox",
-    "shirt": "t shirt, tshirt", "circle": "disk, disc, dot", "cross": "plus, plus sign", "diamond": "rhombus",
-    "ring": "hoop"}.items()}
+    "teddy bear": "teddy, stuffed bear, toy bear", "toothbrush": "tooth brush", "rabbit": "bunny",
+    "hair drier": "hair dryer, hairdryer, hairdrier, blow dryer, dryer", "turtle": "tortoise",
+    "eggplant": "aubergine", "hamburger": "burger, cheeseburger", "frying pan": "pan, skillet",
+    "mailbox": "mail box, letterbox", "shirt": "t shirt, tshirt", "handbag": "purse", "sheep": "lamb, ewe",
+    "circle": "disk, disc, dot", "cross": "plus, plus sign", "diamond": "rhombus", "ring": "hoop"}.items()}
 COLOR_ALIASES = {"grey": "gray", "violet": "purple", "lavender": "purple", "crimson": "red", "scarlet": "red",
                  "maroon": "red", "navy": "blue", "golden": "gold", "jet black": "black",
                  "lemon yellow": "yellow"}
@@ -401,32 +401,38 @@ MORE_COLORS = GENEVAL.colors + tuple("gray gold silver beige tan cyan magenta tu
                                      "ivory olive bronze copper rainbow multicolored".split())
 FUNCTION_WORDS = {  # by kind; an underscore stands for the space inside a phrase
     # What denies, doubts, corrects, or speaks of another time; REWRITES has more.
-    "refuse": "no not never none nothing neither nor without cannot absent missing instead except unlike "
-              "false wrong or either perhaps might may could should would if unless until whether unsure "
-              "almost nearly at_least at_most up_to more_than less_than fewer_than rather_than other_than "
-              "anything_but far_from used_to will was were no_longer no_more has_been have_been nowhere "
-              "devoid hardly gone formerly previously once hard_to difficult_to impossible_to / ?",
+    "refuse": "no not never none nothing neither nor without cannot cant isnt arent doesnt dont absent "
+              "missing instead except unlike false wrong or either perhaps might may could should would if "
+              "unless until whether unsure unclear wait almost nearly at_least at_most up_to more_than "
+              "less_than fewer_than rather_than other_than anything_but far_from used_to will was were "
+              "having_been no_longer no_more has_been have_been already nowhere devoid hardly barely "
+              "scarcely gone formerly previously once hard_to difficult_to impossible_to partly partially "
+              "half_of word written reads / ?",
     "join": "and with while whereas but as_well_as & ) ,", "stop": ". ! ;",
     "copula": "is s are looks appears seems : = (",
     "article": "a an the this these those its his her their my your",
     "self": "it animal fruit shape vehicle instrument object objects item items thing things subject color "
             "colors colour colours answer total altogether",
     # What ends a noun phrase; then verbs that no ending tells.
-    "prep": "of in on at high by near behind beside next to from for like as than about into around against "
-            "along across through inside outside up down toward towards that which who where when here he "
-            "she they you we i has have be being can asleep outdoors together nearby",
-    "verb": "half sits stands lies rests hangs leans seen shown visible found worn held made stuck hung "
-            "s_left s_right its_left its_right",
-    "pair": "pair_of pairs_of", "order": "respectively",
+    "prep": "of in on at high by near behind beside next to from for like as than about into onto around "
+            "against along across through inside outside off up down toward towards during since that which "
+            "who whose where when here he she they you we i has have had having can be being alone asleep "
+            "upright outdoors indoors together nearby overhead away still now even too many few less more",
+    "verb": "half sits stands lies rests hangs leans seen shown visible found worn held made stuck hung cut "
+            "built kept drawn lit bent far open full s_left s_right its_left its_right",
+    "pair": "pair_of pairs_of pair", "order": "respectively",
     # Phrases whose words would mean something else on their own.
-    "other": "all_right right_next_to right_beside over_there zebra_crossing sea_lion from_above from_below",
-    "skip": "very there colored coloured only just both each all also main primary there_is there_are "
-            "there_s here_is to_be of_them color_of colour_of colors_of shade_of hue_of photo_of picture_of "
-            "image_of not_only not_just no_doubt without_a_doubt nothing_but nothing_else you_would"}
+    "other": "that_is_right that_s_right all_right right_next_to right_beside right_in right_now above_all "
+             "from_above from_below over_there zebra_crossing sea_lion sea_horse fruit_bat power_plant",
+    "skip": "rather very there colored coloured only just both each all also main primary dominant there_is "
+            "there_are there_s here_is to_be of_them color_of colour_of colors_of shade_of hue_of fur_of "
+            "photo_of picture_of image_of photograph_of not_only not_just not_hard_to hard_to_miss no_doubt "
+            "without_a_doubt nothing_but nothing_else nothing_more no_more_and_no_fewer_than you_would"}
 NUMBER_WORDS = {word: number for number, word in enumerate((*NUMBERS, "eleven", "twelve"))} | {
     "another": 1, "single": 1, "couple of": 2, "dozen": 12, "twenty": 20, "thirty": 30, "forty": 40,
     "fifty": 50, "hundred": 100, "thousand": 1000}
-PLACES = {"above": "above, over, on top of, atop, higher than", "below": "below, under, beneath, underneath",
+PLACES = {"above": "above, above of, over, on top of, atop, higher than",
+          "below": "below, below of, under, beneath, underneath, lower than",
           "left of": "left of, the left of, left side of, the left side of, the left hand side of",
           "right of": "right of, the right of, right side of, the right side of, the right hand side of"}
 FRAME = "<article><other:image|picture|photo|photograph|frame|scene>"
@@ -462,7 +468,8 @@ REWRITES = (  # in this order
     # DENIALS and doubts (`refuse`) make the whole answer worth nothing, unless they deny what nobody asked
     # for: a token `asked` stands before whatever is. "Yellow, not orange" is right of a yellow thing.
     (r"<other:(?:lack|fail|resembl|expect|pretend|disguis|mistak|vanish|disappear|remov|exclud|likel|presum|"
-     r"suppos|guess|believ|think|confus|imagin|imitat|probabl|possibl|maybe)\S*>", "refuse:doubt\t"),
+     r"suppos|guess|believ|think|confus|wish|dream|imagin|belong|intend|inspir|replac|imitat|probabl|possibl|"
+     r"maybe|approximate)\S*>", "refuse:doubt\t"),
     (rf"<refuse:not>{DENIED}<join:but>", ""),  # (is) not gray but (pink)
     (rf"<refuse:no|without>{DENIED}", ""),  # (a dog) without a collar
     (rf"(<join|stop>)<refuse:not>{DENIED}", r"\1"),  # (yellow), not orange
@@ -506,6 +513,7 @@ REWRITES = (  # in this order
     # relates to the other object; so does `its`, as in "above it".
     (rf"<relation:(\S+)>{FRAME}", r"side:\1\t"),  # on the left of the image
     (r"<bare:(\S+)>(?=<join|stop|self|object|copula>)", r"side:\1\t"),  # the dog is left.
+    (r"(<copula>)<bare:(\S+)>(?=<article>)", r"\1side:\2\t"),  # the dog is left the cat: a learner's slip
     (rf"((?:<other|verb:(?!(?:{PLACED})\t)\S+>|<:has|have|looks>)(?:(?!<object|join|stop>)<>)*)<side>",
      r"\1"),  # walks to the left
     (r"<relation:(above|below)>(?=<join|stop>(?!<prep|article>*<relation>))", r"side:\1\t"),  # is above.
