@@ -475,7 +475,7 @@ REWRITES = (  # in this order
     (rf"(<join|stop>)<refuse:not>{DENIED}", r"\1"),  # (yellow), not orange
     ("<asked>", ""),
     # WORDS that say nothing go; unknown words get a kind by their looks.
-    (r"(<>)\1", r"\1"),  # five five: a learner stutters
+    (r"(?!<ambiguous>)(<>)\1", r"\1"),  # five five: a learner stutters, but not an orange orange
     (r"(<color>)(?=<article><object>)", r"\1join:,\t"),  # (the bar is) red the ring (is blue)
     (r"<other:(\d{1,9})\d*>", r"number:\1\t"),  # 12
     (rf"<skip>|<other:\S*ly>|<prep:in|of>{FRAME}", ""),  # clearly; in the image
