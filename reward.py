@@ -659,8 +659,9 @@ def _relations(tokens: str, pair: Collection[str]) -> set[tuple[str, str, str]]:
         before, after = tokens[:place.start()], _pattern("<stop>").split(tokens[place.end():])[0]
         references = pair  # 'on the left', 'to its left': of the other one
         if place[1] == "relation":  # 'left of B', 'above and left of B'
-            more = _pattern("^(?:(?:<article>|<join>+<prep|article>*)<relation>)*").match(after)
-            references = [_noun(after[more.end():])]
+            references = [_noun(
+                _pattern("^(?:(?:<article>|<join>+<prep|article>*)<relation>)*").sub("", after)
+            )]
             after = _pattern("^.*?<object>").sub("", after)
         subject = _placed(before, after)
         claims |= {(subject, place[2], name) for name in references if subject and name}
