@@ -48,11 +48,11 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from model import NAMES, UnifiedModel, UserError, load, read_json, user_error
+from model import NAMES, UnifiedModel, UserError, from_uint8, load, read_json, user_error
 from reward import GENEVAL, REAL, TAGS, Task, Vocabulary, geneval_metadata, geneval_suite, score, task_of
 from sample import (
-    COMPILING, ShortHelp, agree, contact_sheet, from_uint8, non_negative, positive, run,
-    sample_answers, sample_images, start_ranks, to_uint8, use_draw_steps, write_json, write_whole,
+    COMPILING, ShortHelp, agree, contact_sheet, non_negative, positive, run, sample_answers, sample_images,
+    start_ranks, to_uint8, upright, use_draw_steps, write_json, write_whole,
 )
 from tiny import world as shapes
 
@@ -513,7 +513,7 @@ def draw_folder(model, world: World, folder: Path, conditions: dict, batch: int,
 def open_picture(file: str | Path) -> Image.Image:
     """A picture in RGB, the right way up. Raises UserError where it is damaged."""
     with user_error(f"{file}: {DAMAGED}"):
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        return upright(file)
 
 
 def read_folder(folder: Path) -> list[tuple[dict, list[Path]]]:
@@ -719,6 +719,7 @@ def read_pretrained(kind: type, name: str, flag: str):
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line; exits with 2 and a line on what is wrong with it."""
     about = "score a model, or a folder of pictures"
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=ShortHelp)
     add = parser.add_argument

@@ -374,6 +374,7 @@ class Level(nn.Module):
 
 
 def middle(c: int) -> nn.Sequential:
+    """Between encoder or decoder and their levels: [B, c, h, w] -> the same."""
     return chain(block_1=ResnetBlock(c, c), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c))
 
 
@@ -496,9 +497,9 @@ class MAGVITv2(nn.Module):
 # The unified models
 
 
-def picture_pixels(image: Image.Image) -> Tensor:
-    """Pixels [1, 3, H, W] in [-1, 1] of an RGB picture."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+def from_uint8(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]"""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class UnifiedModel(nn.Module):
@@ -595,7 +596,7 @@ class Janus(UnifiedModel):
         w, h = (max(int(length / max(image.size) * side), smallest) for length in image.size)
         square = Image.new("RGB", (side, side), (127, 127, 127))
         square.paste(image.resize((w, h), Image.BICUBIC), ((side - w) // 2, (side - h) // 2))
-        return picture_pixels(square)
+        return from_uint8(np.array(square)[None])
 
     def conditional_weight(self, guidance: float) -> float:
         """c of the guided logits l_uncond + c (l_cond - l_uncond)."""
@@ -714,7 +715,7 @@ class ShowO(UnifiedModel):
         w, h = (side, long) if image.width <= image.height else (long, side)
         left, top = round((w - side) / 2), round((h - side) / 2)  # whole pixels, as torchvision's CenterCrop
         image = image.resize((w, h), Image.BICUBIC).crop((left, top, left + side, top + side))
-        return picture_pixels(image)
+        return from_uint8(np.array(image)[None])
 
     def conditional_weight(self, guidance: float) -> float:
         """c of the guided logits l_uncond + c (l_cond - l_uncond), which is (1 + w) l_cond - w l_uncond."""

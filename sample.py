@@ -623,16 +623,16 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_uint8(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1]"""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+def upright(path: str | Path) -> Image.Image:
+    """The picture in a file in RGB, turned as its EXIF data say, which the originals do not read: a question
+    about a photograph is about what its viewer sees. Raises OSError where it is damaged or not there."""
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 
 
 def read_image(model: UnifiedModel, path: str) -> Tensor:
-    """Pixels [1, 3, H, W] of an image file, made the model's square; upright, as its EXIF data say, which the
-    originals do not read: a question about a photograph is about what its viewer sees."""
+    """Pixels [1, 3, H, W] of an image file, made the model's square. Raises UserError where it is none."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = upright(path)
     except OSError as error:
         raise UserError(f"{path}: not an image that can be read ({error.strerror or error})") from None
     return model.preprocess(image).to(model.device)
@@ -776,6 +776,7 @@ class ShortHelp(argparse.HelpFormatter):
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line; exits with 2 and a line on what is wrong with it."""
     parser = argparse.ArgumentParser(description="draw images, or ask about one", formatter_class=ShortHelp)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw")

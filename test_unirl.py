@@ -975,12 +975,17 @@ def noisy_picture(*size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
+def pixels_of(picture: np.ndarray) -> Tensor:
+    """By hand, as the models want a picture [H, W, 3] uint8: [1, 3, H, W] in [-1, 1]."""
+    return torch.tensor(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
 def test_image_file_of_the_models_size_is_read_exactly(janus, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # a camera held upright
     Image.fromarray(np.rot90(noisy_picture(16, 16))).save(tmp_path / "noise.png", exif=turned)
     pixels = sample.read_image(janus, str(tmp_path / "noise.png"))
-    close(pixels, sample.from_uint8(noisy_picture(16, 16)[None]), 1e-6)
+    close(pixels, pixels_of(noisy_picture(16, 16)), 1e-6)
     assert np.array_equal(sample.to_uint8(pixels)[0], noisy_picture(16, 16))
     Image.new("P", (16, 1)).save(tmp_path / "flat.png")
     assert sample.read_image(janus, str(tmp_path / "flat.png")).shape == (1, 3, 16, 16)
@@ -990,7 +995,7 @@ def test_pictures_are_cut_to_show_os_square(stored):
     """As by torchvision's Resize and CenterCrop: 6 x 8.7, so 6 x 8, of which 1 is cut off on each side."""
     picture = Image.fromarray(noisy_picture(11, 16))
     expected = np.asarray(picture.resize((8, 6), Image.BICUBIC))[:, 1:7]
-    assert torch.equal(stored["show-o"][0].preprocess(picture), sample.from_uint8(expected[None].copy()))
+    assert torch.equal(stored["show-o"][0].preprocess(picture), pixels_of(expected))
 
 
 def test_pictures_are_cut_down_to_whole_pixels_of_janus_square(stored):
@@ -998,7 +1003,7 @@ def test_pictures_are_cut_down_to_whole_pixels_of_janus_square(stored):
     picture = Image.fromarray(noisy_picture(37, 40))
     expected = np.full((16, 16, 3), 127, np.uint8)
     expected[1:15] = np.asarray(picture.resize((16, 14), Image.BICUBIC))
-    assert torch.equal(stored["original"][0].preprocess(picture), sample.from_uint8(expected[None]))
+    assert torch.equal(stored["original"][0].preprocess(picture), pixels_of(expected))
 
 
 def test_a_file_that_is_no_image_is_refused(janus, tmp_path):

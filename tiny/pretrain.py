@@ -29,9 +29,11 @@ from transformers import JanusConfig, JanusProcessor, PreTrainedTokenizerFast
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from evaluate import evaluate, table, world_of
-from model import SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel, chat_template, load, save
+from model import (
+    SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel, chat_template, from_uint8, load, save,
+)
 from reward import INVERSE, TAGS, Task, draw_task, make_task
-from sample import Images, answer_logprobs, encode_answers, from_uint8, image_logits, score_logits, to_uint8
+from sample import Images, answer_logprobs, encode_answers, image_logits, score_logits, to_uint8
 from tiny.world import GLYPHS, GRID, PALETTE, SIZE, VOCABULARY, detect, layout, paint
 
 CONFIG = dict(
