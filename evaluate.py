@@ -51,8 +51,8 @@ from tqdm import tqdm
 from model import NAMES, UnifiedModel, UserError, from_uint8, load, read_json, user_error
 from reward import GENEVAL, REAL, TAGS, Task, Vocabulary, geneval_metadata, geneval_suite, score, task_of
 from sample import (
-    COMPILING, ShortHelp, agree, contact_sheet, non_negative, positive, run, sample_answers, sample_images,
-    start_ranks, to_uint8, upright, use_draw_steps, write_json, write_whole,
+    COMPILING, ShortHelp, agree, compiling_pays, contact_sheet, non_negative, positive, run, sample_answers,
+    sample_images, start_ranks, to_uint8, upright, use_draw_steps, write_json, write_whole,
 )
 from tiny import world as shapes
 
@@ -150,24 +150,28 @@ class World:
     render: Callable[[Task, np.random.Generator], np.ndarray] | None = None
     pictures: list[tuple[dict, list[Path]]] | None = None
     thresholds: tuple[float, float] = (THRESHOLD, COUNTING_THRESHOLD)
+    held_out: Sequence[Task] = ()  # what training must not draw, where that is more than the suite
 
 
-def shapes_world() -> World:
-    """The tiny checkpoints': held-out prompts, a renderer, a detector that never learned anything."""
+def shapes_world(part: str = "validation") -> World:
+    """The tiny checkpoints': held-out prompts, of which runs see the validation's and results report the
+    test's; a renderer; a detector that never learned anything."""
 
     def detect(images: Sequence[np.ndarray], metadata: Sequence[dict]) -> list[list[Detection]]:
         return [[Detection(**fields) for fields in found] for found in shapes.detect(np.stack(images))]
 
     thresholds = shapes.MIN_OVERLAP, shapes.MIN_OVERLAP
+    parts = {name: shapes.held_out_tasks(name) for name in ("validation", "test")}
     return World(
-        "shapes", shapes.VOCABULARY, shapes.held_out_tasks(), detect, shapes.render, thresholds=thresholds
+        "shapes", shapes.VOCABULARY, parts[part], detect, shapes.render, thresholds=thresholds,
+        held_out=sum(parts.values(), []),
     )
 
 
-def world_of(model: UnifiedModel | None) -> World:
+def world_of(model: UnifiedModel | None, part: str = "validation") -> World:
     """The shapes world for a checkpoint that says it lives there, GenEval's for any other."""
     lives_in = getattr(model.config, "world", None) if model else None
-    return shapes_world() if lives_in == "shapes" else World("geneval", REAL, geneval_suite())
+    return shapes_world(part) if lives_in == "shapes" else World("geneval", REAL, geneval_suite())
 
 
 def asked_for(pictures: list[tuple[dict, list[Path]]]) -> set[str]:
@@ -179,6 +183,13 @@ def refuse_unknown(world: World, pictures: list[tuple[dict, list[Path]]], given:
     """Raises UserError where a line asks for an object that answers are not read with."""
     if unknown := asked_for(pictures) - set(world.vocabulary.objects):
         raise UserError(f"{given}: asks for {min(unknown)!r}, unknown to the {world.name} world")
+
+
+def detected(world: World, images: np.ndarray, tasks: Sequence[Task]) -> list[float]:
+    """1 for each picture [H, W, 3] uint8 that the world's detector calls right, else 0."""
+    lines = [geneval_metadata(task) for task in tasks]
+    found = world.detect(images, lines)
+    return [float(verdict(line, objects, *world.thresholds)[0]) for line, objects in zip(lines, found)]
 
 
 def first_of_each(suite: Sequence[Task], count: int) -> list[Task]:
@@ -240,8 +251,9 @@ def evaluate(
     rank's own."""
     records, jobs = [], jobs_of(world, images_per_prompt, seed)
     for part, codes, images in draw(model, jobs, guidance, temperature, batch, compiled, progress):
-        records += score_images(model, world, part, images, model.image_features(codes))
-    scores = summarize(everyones([{**record, "image": None} for record in records]))
+        scored = score_images(model, world, part, images, model.image_features(codes))
+        records += [{**record, "codes": row} for record, row in zip(scored, codes.cpu().numpy())]
+    scores = summarize(everyones([{**record, "image": None, "codes": None} for record in records]))
     if world.pictures:
         asking = replace(world, detect=None, render=None)
         asked = summarize(score_folder(model, asking, world.pictures, batch))["understanding"]
@@ -732,7 +744,7 @@ def parse_args() -> argparse.Namespace:
     add("--temperature", type=positive(float), default=1.0)
     add("--draw-steps", type=positive(int), help="of mask-predict, Show-o's (default: the checkpoint's)")
     add("--batch", type=positive(int), help="images at once (default: 144 on tiny, 16 on others)")
-    add("--no-compile", action="store_true", help="start at once, draw slower")
+    add("--no-compile", action="store_true", help="never compile the sampler, as is done for many images")
     add("--detector", default=DETECTOR, help=f"folder, hub id, none: only draw and ask; default: {DETECTOR}")
     add("--clip", default=CLIP, help=f"what names colors: a folder or hub id (default: {CLIP})")
     add("--write-suite", metavar="FILE", help="write GenEval's 553 prompts with their metadata, and stop")
@@ -757,22 +769,24 @@ def main() -> None:
         model = load(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         use_draw_steps(model, args.draw_steps)
     of_shapes = model is None and asked_for(pictures) <= set(shapes.GLYPHS)
-    world = shapes_world() if of_shapes else world_of(model)
+    world = shapes_world() if of_shapes else world_of(model, "test")
     refuse_unknown(world, pictures, f"--images {args.images}")
     if args.detector != "none" and not world.detect:
         world.detect = load_detector(args.detector, args.clip, device)
     small = world.name == "shapes"
     folder, batch = Path(args.images or out / "images"), args.batch or (144 if small else 16)
     if not pictures:
-        if rank == 0 and not args.no_compile:
-            print(COMPILING, flush=True)
         conditions = {
             "model": args.model, "prompts": len(world.suite),
             "images_per_prompt": args.images_per_prompt or (6 if small else 4),
             "guidance": model.guidance if args.guidance is None else args.guidance,
             "temperature": args.temperature, "draw_steps": model.draw_steps, "seed": args.seed,
         }
-        draw_folder(model, world, folder, conditions, batch, not args.no_compile)
+        count = len(world.suite) * conditions["images_per_prompt"]
+        compiled = not args.no_compile and compiling_pays(model, count)
+        if rank == 0 and compiled:
+            print(COMPILING, flush=True)
+        draw_folder(model, world, folder, conditions, batch, compiled)
         pictures = read_folder(folder)
     note = folder / "conditions.json"
     known = read_json(note) if note.exists() else {}

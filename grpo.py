@@ -1,7 +1,7 @@
 """Self-improving GRPO: a unified model draws, answers a question about its own picture, and is rewarded for
 it.
 
-    torchrun grpo.py                          # the tiny Janus, two CPU cores, under ten minutes
+    torchrun grpo.py                          # the tiny Janus, two CPU cores, four minutes
     torchrun grpo.py --model tiny-show-o      # the tiny Show-o, which draws by mask-predict
     torchrun grpo.py --model janus            # Janus-1.3B, one GPU of 80 GB
     torchrun --nproc_per_node 8 grpo.py --model janus-pro-7b --shard     # a model that does not fit one GPU
@@ -33,7 +33,8 @@ How this differs from the paper, or fixes what the paper leaves open:
    given the canvas of that step; the order is taken as given. Of each image a few random steps are replayed
    (--replay-steps), their tokens weighted so that the mean is that over all steps; published trainers of
    masked language models mask anew at random instead (--estimator remask).
-6. The detector of `evaluate.py` only measures. It never enters the reward.
+6. The detector of `evaluate.py` only measures. It enters no reward but `--reward oracle`, the upper bound
+   that self-rewards are compared with, which is no self-improvement.
 
 Files in --out: args.json, metrics.jsonl, samples/step_*.png, step_*/ (checkpoints that --model and
 transformers open), before.json, before.png, after.png, curves.png, summary.json. Keys of a line of
@@ -95,9 +96,9 @@ from model import NAMES, PARTS, UnifiedModel, UserError, load, read_json, save, 
 from reward import TAGS, Task, Vocabulary, draw_task, read_tasks, score, task_key
 from sample import (
     COMPILING, Answers, Images, ShortHelp, agree, answer_logprobs, bound_gradient, choose_scored,
-    contact_sheet, encode_answers, image_logits, image_logprobs, non_negative, positive, relaxed_codes, run,
-    sample_answers, sample_images, score_logits, start_ranks, to_uint8, use_draw_steps, write_json,
-    write_whole,
+    compiling_pays, contact_sheet, encode_answers, image_logits, image_logprobs, non_negative, positive,
+    relaxed_codes, run, sample_answers, sample_images, score_logits, start_ranks, to_uint8, use_draw_steps,
+    write_json, write_whole,
 )
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class Settings:
     steps: int = flag(positive(int), "optimizer steps")
     save_every: int = flag(positive(int), "steps between checkpoints", 100)
     keep: int = flag(non_negative(int), "checkpoints that stay, the last; 0: all", 3)
-    no_compile: bool = flag(None, "start at once, sample slower", False)
+    no_compile: bool = flag(None, "never compile the sampler, as is done where a run is long", False)
     # watching
     eval_every: int = flag(non_negative(int), "steps between held-out scores; 0: none, nor before and after")
     eval_images: int = flag(positive(int), "images a held-out prompt, before and after")
@@ -137,7 +138,7 @@ class Settings:
     group: int = flag(positive(int), "images a prompt")
     micro_batch: int = flag(positive(int), "images an update takes at once on a rank")
     draw_batch: int = flag(positive(int), "images drawn at once on a rank")
-    guidance: float = flag(non_negative(float), "w (default: the checkpoint's; a tiny Show-o learns at 0)")
+    guidance: float = flag(non_negative(float), "w (default: the checkpoint's)")
     temperature: float = flag(positive(float), "of image tokens", 1.0)
     draw_steps: int | None = flag(positive(int), "of mask-predict, Show-o's (default: the checkpoint's)")
     # learning
@@ -164,7 +165,10 @@ class Settings:
 class GRPOSettings(Settings):
     """What only grpo.py can be told."""
 
-    reward: str = flag(["exact", "partial", "likelihood"], "what an answer earns", "exact")
+    reward: str = flag(
+        ["exact", "partial", "likelihood", "oracle"], "what an answer earns; oracle: the detector's verdict "
+        "instead, to compare with", "exact",
+    )
 
 
 def presets(tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict, show_o_end: dict) -> dict:
@@ -182,19 +186,17 @@ def presets(tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict
     return table
 
 
-# A tiny Show-o learns without guidance, which leaves it too little to explore; fewer steps, as each takes
-# longer.
 PRESETS = presets(
-    tiny={"steps": 80, "prompts": 24, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
-          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 20, "eval_images": 6,
+    tiny={"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
+          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
           "recompute": False},
     real={"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5,
           "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
           "recompute": True},
     tiny_end={"steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"},
     real_end={"answer_weight": 1.0, "judge": "frozen"},
-    show_o={"guidance": 0.0, "steps": 40, "prompts": 16, "micro_batch": 96, "lr": 3e-4, "eval_every": 10},
-    show_o_end={"guidance": 0.0, "steps": 15, "prompts": 8, "micro_batch": 96, "eval_every": 5},
+    show_o={"steps": 40, "prompts": 16, "micro_batch": 96, "eval_every": 10},
+    show_o_end={"steps": 15, "prompts": 8, "micro_batch": 96, "eval_every": 5},
 )
 CLIP = 0.2  # of the ratio
 PICTURE_CLIP = 1.0  # of the norm of the end-to-end gradient in each picture's codes
@@ -316,7 +318,7 @@ def roll_out(run: "Run", tasks: list[Task], seeds: list[int], greedy: bool = Fal
     settings = run.settings
     prompts, questions = [task.prompt for task in tasks], [task.question for task in tasks]
     w, T = settings.guidance, settings.temperature
-    images = sample_images(run.sampler, prompts, seeds, w, T, not settings.no_compile)
+    images = sample_images(run.sampler, prompts, seeds, w, T, run.compiled)
     images = choose_scored(
         run.sampler, images, seeds, settings.estimator, settings.replay_steps, w, T, settings.logprob
     )
@@ -329,6 +331,10 @@ def roll_out(run: "Run", tasks: list[Task], seeds: list[int], greedy: bool = Fal
 def self_reward(run: "Run", rollout: Rollout) -> list[float]:
     """The reward of every trajectory in [0, 1]. Another reward is written here, and nowhere else."""
     kind = run.settings.reward
+    if kind == "oracle":
+        with torch.no_grad():
+            pictures = to_uint8(run.sampler.to_pixels(rollout.images.codes))
+        return evaluate.detected(run.world, pictures, rollout.tasks)
     if kind != "likelihood":
         answered = zip(rollout.answers.texts, rollout.tasks)
         return [score(text, task, run.vocabulary, kind) for text, task in answered]
@@ -344,7 +350,7 @@ IDLE = (  # what is said to a run that learned nothing for a while
 )
 
 
-def refused(settings: Settings) -> dict[str, bool]:
+def refused(settings: Settings, world: World) -> dict[str, bool]:
     """Settings that would train nothing: what is said, and whether it is so."""
     two_stage = settings.mode == "two-stage"
     return {
@@ -352,6 +358,8 @@ def refused(settings: Settings) -> dict[str, bool]:
         "--answer-weight 0 leaves end-to-end nothing to train": not two_stage and not settings.answer_weight,
         "--judge frozen answers itself, so two-stage has no answers to train: --answer-weight 0":
             settings.judge == "frozen" and two_stage and settings.answer_weight > 0,
+        "--reward oracle has no detector here: give --detector":
+            settings.reward == "oracle" and not (world.detect or settings.detector),
     }
 
 
@@ -489,7 +497,7 @@ def task_stream(settings: Settings, model: UnifiedModel, world: World) -> tuple[
     """What draws a task to train on, given a numpy generator, and the words that answers are read with: from
     the world's vocabulary without its held-out tasks, or from the user's own file (`--tasks`), which is
     checked whole."""
-    held_out = frozenset(task_key(task) for task in world.suite)
+    held_out = frozenset(map(task_key, world.held_out or world.suite))
     if not settings.tasks:
         return lambda rng: draw_task(world.vocabulary, rng, held_out), world.vocabulary
     try:
@@ -752,16 +760,18 @@ def sum_over_ranks(gradients: list[Tensor]) -> None:
 class Run:
     """A training run: settings, ranks, models (policy, sampler, reference, judge), optimizer, folder."""
 
-    def __init__(self, script: str, kind: type, presets: dict, refused: Callable = lambda settings: {}):
+    def __init__(self, script: str, kind: type, presets: dict, refused: Callable = lambda *_: {}):
         self.script, self.settings = script, read_settings(script, kind, presets)
         settings = self.settings
         self.rank, self.ranks, self.device = start_ranks()
         self.policy = load(settings.model, "meta" if settings.shard else self.device)
         self.world = evaluate.world_of(self.policy)
         recommend(settings, presets[self.world.name, type(self.policy).__name__, settings.mode], self.policy)
-        for message in (message for message, so in refused(settings).items() if so):
+        for message in (message for message, so in refused(settings, self.world).items() if so):
             raise UserError(message)
         self.divide()
+        pictures = settings.steps * settings.prompts * settings.group
+        self.compiled = not settings.no_compile and compiling_pays(self.policy, pictures)
         self.draw_task, self.vocabulary = task_stream(settings, self.policy, self.world)
         add_measures(self.world, settings, self.device)
         self.out, self.start = agree(partial(open_folder, settings, script))
@@ -899,13 +909,13 @@ class Run:
         with self.compute:
             return evaluate.evaluate(
                 self.sampler, self.world, settings.guidance, settings.temperature, images, 0, self.draw_batch,
-                not settings.no_compile, progress=name,
+                self.compiled, progress=name,
             )
 
     def score_before(self) -> dict | None:
         """The scores before training, in the folder or measured and put there; None with --eval-every 0."""
         path, settings, first = self.out / "before.json", self.settings, self.rank == 0
-        if first and not settings.no_compile:
+        if first and self.compiled:
             print(COMPILING, flush=True)
         if path.exists():
             return read_json(path)

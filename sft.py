@@ -1,7 +1,7 @@
 """Self-improving SFT: a unified model draws, and learns from the known answer to a question about its
 picture.
 
-    torchrun sft.py                           # the tiny Janus, two CPU cores, under ten minutes
+    torchrun sft.py                           # the tiny Janus, two CPU cores, some five minutes
     torchrun sft.py --model tiny-show-o       # the tiny Show-o, which draws by mask-predict
     torchrun sft.py --mode end-to-end         # through the image tokens, by straight-through Gumbel-softmax
     torchrun sft.py --model janus             # Janus-1.3B, one GPU of 80 GB
@@ -57,15 +57,15 @@ class SFTSettings(Settings):
     buffer: int = flag(positive(int), "pictures in the replay buffer", 2000)
 
 
-TINY = {"steps": 80, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
-        "answer_weight": 0.0, "judge": "policy", "eval_every": 20, "eval_images": 6, "recompute": False}
+TINY = {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
+        "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4, "recompute": False}
 REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
         "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4, "recompute": True}
 PRESETS = presets(
     TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
     real_end={"answer_weight": 0.0, "judge": "frozen"},
-    show_o={"guidance": 0.0, "steps": 25, "prompts": 192, "micro_batch": 96, "eval_every": 10},
-    show_o_end={"guidance": 0.0, "steps": 15, "prompts": 96, "micro_batch": 96, "eval_every": 5},
+    show_o={"steps": 25, "prompts": 192, "micro_batch": 96, "eval_every": 10},
+    show_o_end={"steps": 15, "prompts": 96, "micro_batch": 96, "eval_every": 5},
 )
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 

@@ -1024,12 +1024,15 @@ def run_sample(monkeypatch, *arguments) -> None:
 def test_command_draws_a_sheet(stored, tmp_path, monkeypatch, capsys):
     (model, folder), shown = stored["transformers"], []
     monkeypatch.setattr(sample, "contact_sheet", lambda *arguments: shown.append(arguments))
-    flags = "-n", 3, "--seed", 5, "--no-compile", "--out", tmp_path / "sheet.png"
+    flags = "-n", 3, "--seed", 5, "--out", tmp_path / "sheet.png"
     run_sample(monkeypatch, "a red ring", *flags, "--model", folder)
     images = sample_images(model, ["a red ring"] * 3, [5, 6, 7], 5.0, compiled=False)
     [(pictures, captions, path)] = shown
     assert np.array_equal(pictures, sample.to_uint8(model.to_pixels(images.codes)))
-    assert "3 images" in capsys.readouterr().out and captions == ["seed 5", "seed 6", "seed 7"]
+    said = capsys.readouterr()
+    assert "3 images" in said.out and captions == ["seed 5", "seed 6", "seed 7"]
+    assert "compiling" not in said.err  # three do not pay for it, but as many as follow do
+    assert sample.compiling_pays(model, sample.PAYS // model.num_image_tokens + 1)
 
 
 def test_command_answers_a_question(stored, tmp_path, monkeypatch, capsys):
@@ -1376,12 +1379,12 @@ def test_kl_gradient_equals_the_enumerated_one(script, toy, monkeypatch):
 
 @torch.no_grad()
 def test_remasking_has_its_enumerated_mean(toy):
-    """Over sizes, a share cos(pi/2 u) of four codes, and places of the mask: the mean log-prob of what is
-    masked given the rest."""
+    """Over sizes, a share of four codes uniform in [0.6, 1), and places of the mask: the mean log-prob of
+    what is masked given the rest."""
     model, codes, exact = toy[0][0], ALL_IMAGES[9:10], 0.0
     rows = model.generation_prompt(["a"])
-    sizes = (4 * torch.cos(math.pi / 2 * torch.linspace(0, 1, 400_001))).round().clamp(1, 4)
-    for hidden in (list(places) for m in range(1, 5) for places in combinations(range(4), m)):
+    sizes = (4 * torch.linspace(0.6, 1, 400_001)).round()
+    for hidden in (list(places) for m in range(2, 5) for places in combinations(range(4), m)):
         known = ~torch.isin(torch.arange(4), torch.tensor(hidden))[None]
         value = guided_by_hand(model, rows, codes, known, 3.0)[hidden, codes[0, hidden]].mean()
         exact += (sizes == len(hidden)).double().mean() / math.comb(4, len(hidden)) * value
@@ -1415,12 +1418,12 @@ def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
 def objective_settings(**changes) -> grpo.GRPOSettings:
     """Of one trajectory, whose tokens' advantage alone counts."""
     plain = dict(guidance=1.0, beta=0.0, answer_weight=0.0, judge="policy", prompts=1, group=1, freeze=[])
-    return grpo.GRPOSettings(**{**plain, "no_compile": True, **changes})
+    return grpo.GRPOSettings(**{**plain, **changes})
 
 
 def small_rollout(model: UnifiedModel, answerer: UnifiedModel, settings) -> grpo.Rollout:
     tasks = [draw_task(shapes.VOCABULARY, np.random.default_rng(i)) for i in range(3)]
-    run = SimpleNamespace(sampler=model, answerer=answerer, settings=settings)
+    run = SimpleNamespace(sampler=model, answerer=answerer, settings=settings, compiled=False)
     rollout = grpo.roll_out(run, tasks, [5, 6, 7])
     with torch.no_grad():
         images, _, answers = grpo.trajectory_logprobs(model, rollout, settings)
@@ -1773,10 +1776,15 @@ def test_draws_are_uniform_and_neither_test_prompts_nor_what_is_excluded():
     counts = Counter(task.tag for task in tasks)
     assert [abs(counts[tag] - 1000) < 130 for tag in TAGS] == [True] * 6  # 4.5 standard deviations
     assert not [task for task in tasks if task_key(task) in test_keys or is_geneval_prompt(task.prompt)]
-    held_out = {task_key(task) for task in shapes.held_out_tasks()}
+    halves = [shapes.held_out_tasks(part) for part in ("validation", "test")]
+    for suite in halves:
+        different = Counter(tag for tag, *_ in set(map(task_key, suite)))
+        assert Counter(task.tag for task in suite) == dict.fromkeys(TAGS, 20) and min(different.values()) >= 4
+    validation, test = (set(map(task_key, suite)) for suite in halves)
+    held_out = validation | test
+    assert not validation & test and set(map(task_key, evaluate_module.shapes_world().held_out)) == held_out
     drawn = {task_key(draw_task(shapes.VOCABULARY, rng, held_out)) for _ in range(2000)}
     assert not drawn & held_out
-    assert Counter(task.tag for task in shapes.held_out_tasks()) == dict.fromkeys(TAGS, 20)
     with pytest.raises(ValueError, match="no single_object task left"):
         draw_task(shapes.VOCABULARY, rng, drawn | held_out, "single_object")
 
@@ -2154,7 +2162,7 @@ def call_evaluate(*arguments, out=None):
     printed, folder = io.StringIO(), ["--out", out] if out else []
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, [*arguments, *folder])])
-        patch.setattr(shapes, "held_out_tasks", lambda: SUITE)
+        patch.setattr(shapes, "held_out_tasks", lambda part: SUITE)
         evaluate_module.main()
     return json.loads((out / "results.json").read_text()) if out else printed.getvalue()
 
@@ -2236,13 +2244,28 @@ def test_a_damaged_folder_is_one_line(drawn, tmp_path, file, content, words):
         call_evaluate("--images", folder, "--detector", "none", out=tmp_path / "out")
 
 
+def test_an_oracle_pays_what_the_detector_sees():
+    """Pictures of their own prompts earn 1, each other's nothing, where no two ask for the same shape."""
+    tasks = list({task.facts[0]["class"]: task for task in shapes.held_out_tasks()[:20]}.values())
+    rng = np.random.default_rng(0)
+    pixels = model_module.from_uint8(np.stack([shapes.render(task, rng) for task in tasks]))
+    sampler = SimpleNamespace(to_pixels=lambda codes: pixels[codes[:, 0]])
+    run = SimpleNamespace(settings=objective_settings(reward="oracle"), sampler=sampler,
+                          world=evaluate_module.shapes_world())
+    for moved in (0, 1):
+        codes = torch.arange(len(tasks)).roll(moved)[:, None]
+        images = Images(codes, codes, codes, codes, codes)
+        rollout = grpo.Rollout(tasks, [], images, None, [], None)
+        assert grpo.self_reward(run, rollout) == [1.0 - moved] * len(tasks)
+
+
 def test_a_folder_of_perfect_pictures_scores_one_and_is_understood(tiny, tmp_path):
     """Each picture by its own prompt. A run that is given them as true pictures asks about the same ones."""
     tasks, rng = shapes.held_out_tasks()[::2], np.random.default_rng(0)
     images = [[shapes.render(task, rng)] for task in tasks]
     folder = put(tmp_path / "perfect", [geneval_metadata(task) for task in tasks], images)
     scores = call_evaluate("--model", "tiny", "--images", folder, out=tmp_path / "out")["scores"]
-    assert set(scores["generation"].values()) == {1} and scores["understanding"]["own_images"] > 0.95
+    assert set(scores["generation"].values()) == {1} and scores["understanding"]["own_images"] > 0.8
     world = World("shapes", shapes.VOCABULARY, tasks[:2], pictures=read_folder(folder))
     of_true, _ = evaluate(tiny, world, 3.0, images_per_prompt=1, compiled=False)
     assert of_true["understanding"]["ground_truth"] == scores["understanding"]["own_images"]
@@ -2250,7 +2273,7 @@ def test_a_folder_of_perfect_pictures_scores_one_and_is_understood(tiny, tmp_pat
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_fair_start_is_scored_the_same_at_once_in_two_goes_and_by_two_ranks(name, two, tmp_path):
-    """A committed checkpoint is neither hopeless nor solved at drawing, far ahead at understanding. Drawing
+    """A committed checkpoint is neither hopeless nor solved at drawing, and ahead at understanding. Drawing
     goes on where it stopped, and refuses to mix conditions."""
     whole, cut = call_evaluate("--model", name, *EVALUATE, out=tmp_path / "whole"), tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
@@ -2266,8 +2289,7 @@ def test_a_fair_start_is_scored_the_same_at_once_in_two_goes_and_by_two_ranks(na
         record["file"] = Path(record["file"]).read_bytes()
     assert whole["images"] == again["images"] == sorted(ranks["images"], key=lambda record: record["index"])
     assert scores == again["scores"] == ranks["scores"]
-    assert 0.3 < scores["generation"]["overall"] < 0.7 and scores["understanding"]["ground_truth"] > 0.95
-    assert min(scores["understanding"]["ground_truth_by_category"].values()) > 0.8
+    assert 0.3 < scores["generation"]["overall"] < 0.7 < scores["understanding"]["ground_truth"]
 
 
 # ---- evaluate.py's scores ----------------------------------------------------------------------------------
@@ -2611,6 +2633,7 @@ def refusal(*arguments, script=grpo) -> str:
     ("janus", "--draw-steps 2", "no meaning for a Janus"),
     ("janus", "--tasks nowhere", "--tasks nowhere"),
     ("janus", "--model janus-9b", "tiny"),
+    ("janus", "--reward oracle", "--reward oracle has no detector here: give --detector"),
     ("janus", "--out /dev/null/run", "/dev/null/run"),
     ("show-o", "--replay-steps 3", "an image is drawn in 2 steps"),
 ])

@@ -6,7 +6,7 @@ tokenizer, image tokenizer, then the unified model.
 
 The base that comes out is like the real ones: it understands far better than it draws. Real models know how
 to draw what they often fail to draw, because their captions were noisy. So here generation learns from clean
-captions until it knows the words, and then, for a short while, from captions of which 40 % were swapped for
+captions until it knows the words, and then, for a short while, from captions of which a share was swapped for
 another of the same category; understanding sees clean questions throughout.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 
 from evaluate import evaluate, table, world_of
 from model import (
-    SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel, chat_template, from_uint8, load, save,
+    SHOW_O_TOKENS, Janus, MAGVITv2, ShowO, UnifiedModel, VQModel, chat_template, from_uint8, save,
 )
 from reward import INVERSE, TAGS, Task, draw_task, make_task
 from sample import Images, answer_logprobs, encode_answers, image_logits, score_logits, to_uint8
@@ -46,13 +47,13 @@ CONFIG = dict(
         mlp_ratio=3.0, projection_dim=128, depth=2, num_image_tokens=36,
     ),
     vq_config=dict(
-        embed_dim=8, num_embeddings=192, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
+        embed_dim=8, num_embeddings=256, latent_channels=64, base_channels=32, channel_multiplier=[1, 1, 2],
         num_res_blocks=1, projection_dim=128, num_hidden_layers=2, image_token_embed_dim=128,
     ),
     tie_word_embeddings=False,
 )
 SHOW_O = dict(
-    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=6, world="shapes", w_clip_vit=False,
+    codebook_size=512, num_vq_tokens=36, max_seq_length=32, steps=9, world="shapes", w_clip_vit=False,
     phi_config=dict(
         hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
         max_position_embeddings=256,
@@ -69,10 +70,10 @@ SIDE = 4  # pixels a side of what a code, or a patch of SigLIP's, stands for
 
 
 def random_scenes(count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[list[tuple[str, str]]]]:
-    """Pictures of one to six random objects and what is in them."""
+    """Pictures of one to nine random objects and what is in them."""
     images, contents = [], []
     for _ in range(count):
-        n = rng.integers(1, 7)
+        n = rng.integers(1, 10)
         cells = rng.permutation(GRID * GRID)[:n]
         names = [(str(rng.choice(list(GLYPHS))), str(rng.choice(list(PALETTE)))) for _ in cells]
         images.append(paint([(*name, int(cell)) for name, cell in zip(names, cells)]))
@@ -184,7 +185,7 @@ def train_image_tokenizer(vq: VQModel | MAGVITv2, steps: int, seed: int, log: Ca
     optimizer = torch.optim.AdamW(vq.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in tqdm(range(steps), desc="image tokenizer"):
-        pixels = from_uint8(random_scenes(64, rng)[0])
+        pixels = from_uint8(random_scenes(32, rng)[0])
         if has_codebook and step == unquantised:
             start_codebook(vq, rng, torch.Generator().manual_seed(seed))
         loss = loss_of(vq, pixels, quantise=step >= unquantised)
@@ -231,7 +232,7 @@ def train_text_tokenizer(special: list[str], seed: int) -> Tokenizer:
     texts = [text for task in tasks for text in (task.prompt, f"\n{task.question}", task.answer + "\n\n")]
     texts += [
         text for shape in GLYPHS for cell in CELLS for text in (f"\nWhere is the {shape}?", f"{cell}\n\n")
-    ] * 10
+    ] * 10 + ["USER:", "ASSISTANT:"] * 1000  # a Show-o's turns
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -390,11 +391,11 @@ def understanding_loss(
 
 
 def learning_rate(step: int, args) -> float:
-    """Warm-up and cosine decay, once for the clean captions and again, half as high, for the noisy ones."""
-    noisy = step >= args.clean
-    done, length = (step - args.clean, args.steps - args.clean) if noisy else (step, args.clean)
-    share = min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / length))
-    return (0.5 if noisy else 1.0) * args.lr * share
+    """Warm-up, then constant while captions are clean, so that when these end can be decided on the way; half
+    of that, falling to 0 by a cosine, while they are noisy."""
+    if step < args.clean:
+        return args.lr * min((step + 1) / 100, 1)
+    return 0.5 * args.lr * (0.5 + 0.5 * math.cos(math.pi * (step - args.clean) / (args.steps - args.clean)))
 
 
 def train_model(model: UnifiedModel, args: argparse.Namespace, state: Path, log: Callable) -> None:
@@ -415,9 +416,9 @@ def train_model(model: UnifiedModel, args: argparse.Namespace, state: Path, log:
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="model"):
         rng = np.random.default_rng((args.seed, step))
         chosen = rng.choice(len(pool.tasks), size=args.batch, replace=False)
-        noise = args.caption_noise if step >= args.clean else 0.0
+        noise, asked = (0.0, args.asked) if step < args.clean else (args.caption_noise, args.then_asked)
         drawing = drawing_loss(model, [pool.tasks[i] for i in chosen], pool.codes[chosen], noise, rng)
-        understanding = understanding_loss(model, probe, pool, args.asked, rng)
+        understanding = understanding_loss(model, probe, pool, asked, rng)
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.zero_grad()
         (drawing + understanding).backward()
@@ -459,37 +460,41 @@ def new_model(args: argparse.Namespace, work: Path, log: Callable) -> UnifiedMod
     return model
 
 
+CHOSEN = {  # what made the two checkpoints
+    "janus": dict(asked=16, then_asked=8, clean=4600, steps=5300, caption_noise=0.4, guidance=2.0),
+    "show-o": dict(asked=8, then_asked=24, clean=4200, steps=4900, caption_noise=0.3, guidance=2.0),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="pretrain a tiny model; run again to resume")
     add = parser.add_argument
     add("--model", choices=["janus", "show-o"], default="janus", help="(default: janus)")
     add("--out", help="checkpoint folder (default: tiny/janus or tiny/show-o)")
-    add("--start", metavar="FOLDER", help="go on from this checkpoint's weights")
-    add("--tokenizer-steps", type=int, default=700, help="of the image tokenizer")
-    add("--steps", type=int, default=4700, help="of the unified model")
-    add("--batch", type=int, default=96, help="pictures drawn a step")
-    add("--asked", type=int, default=48, help="pictures asked about a step")
-    add("--lr", type=float, default=1.5e-3)
-    add("--clean", type=int, default=4000, help="first steps, in which every caption is right")
-    add("--caption-noise", type=float, default=0.4, help="share of captions swapped in the others")
-    add("--scenes", type=int, default=20_000, help="pictures to draw from")
-    add("--guidance", type=float, help="the checkpoint's own (default: 3; Show-o's 2, which is 1 + w = 3)")
+    add("--tokenizer-steps", type=int, default=800, help="of the image tokenizer")
+    add("--steps", type=int, help="of the unified model (default: 5300; Show-o 4900)")
+    add("--batch", type=int, default=64, help="pictures drawn a step")
+    add("--asked", type=int, help="pictures asked about a step; fewer: it sees less (default: 16; Show-o 8)")
+    add("--then-asked", type=int, help="the same while captions are noisy (default: 8; Show-o 24)")
+    add("--lr", type=float, default=1.2e-3)
+    add("--clean", type=int, help="first steps, whose captions are right (default: 4600; Show-o 4200)")
+    add("--caption-noise", type=float, help="share swapped in the others (default: 0.4; Show-o 0.3)")
+    add("--scenes", type=int, default=10_000, help="pictures to draw from")
+    add("--guidance", type=float, help="the checkpoint's own: where it draws best (default: 2)")
     add("--seed", type=int, default=0)
+    parser.set_defaults(**CHOSEN[parser.parse_known_args()[0].model])
     args = parser.parse_args()
     args.out = args.out or f"tiny/{args.model}"
-    args.guidance = args.guidance if args.guidance is not None else {"janus": 3.0, "show-o": 2.0}[args.model]
     work = Path(args.out + ".work")
     work.mkdir(parents=True, exist_ok=True)
 
     def log(**fields) -> None:
         with open(work / "log.jsonl", "a") as file:
-            file.write(json.dumps(fields) + "\n")
+            file.write(json.dumps({**fields, "seconds": round(time.perf_counter() - begun)}) + "\n")
 
-    if args.start:
-        model = load(args.start)
-        model.guidance = args.guidance
-    else:
-        model = new_model(args, work, log)
+    begun = time.perf_counter()
+    log(stage="start", **vars(args))
+    model = new_model(args, work, log)
     model.vqmodel.requires_grad_(False)
     train_model(model, args, work / "state.pt", log)
     save(model.to(torch.bfloat16), args.out)  # half the size in the repository; loading widens it again

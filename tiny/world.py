@@ -1,6 +1,6 @@
 """The shapes world: scenes of coloured shapes, their renderer, and a detector that never learned anything.
 
-A scene is a 3 x 3 grid of cells on a dark ground; an object is one of eight shapes in one of six colours,
+A scene is a 3 x 3 grid of cells on a dark ground; an object is one of twelve shapes in one of six colours,
 seven pixels wide, in a cell of its own. Every prompt of `reward.py`'s six categories can be drawn in it, and
 `detect` reads the objects back from pixels alone (nearest palette colour, connected components, template
 overlap), so that a picture is judged by something that took no part in the training. Only numpy; no model is
@@ -33,6 +33,10 @@ GLYPHS = {  # seven by seven pixels each
     "diamond": ("...#...", "..###..", ".#####.", "#######", ".#####.", "..###..", "...#..."),
     "bar": (".......", ".......", "#######", "#######", "#######", ".......", "......."),
     "pillar": ("..###..",) * 7,
+    "frame": ("#######", "#.....#", "#.....#", "#.....#", "#.....#", "#.....#", "#######"),
+    "arch": ("..###..", ".#####.", "#######", "##...##", "##...##", "##...##", "##...##"),
+    "hook": ("....##.", "....##.", "....##.", "....##.", "##..##.", "######.", ".####.."),
+    "star": ("...#...", "...#...", "#######", ".#####.", "..###..", ".##.##.", "##...##"),
 }
 STEP = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (row, column)
 VOCABULARY = Vocabulary(tuple(GLYPHS), tuple(PALETTE), (2, 3, 4, 5), tuple(STEP))
@@ -44,18 +48,20 @@ MIN_PIXELS = 9
 
 
 @functools.cache
-def held_out_tasks(each: int = 20) -> list[Task]:
-    """The world's test suite, the same in every run: `each` entries a category. One with fewer than twice as
-    many tasks holds out a third of them and asks them repeatedly. Training never draws them. (Their scenes
-    do occur in pretraining, as a real model's contains what GenEval asks for.)"""
+def held_out_tasks(part: str = "validation", each: int = 20) -> list[Task]:
+    """Half of the world's held-out tasks, the same in every run: `each` entries a category. Settings are
+    chosen on "validation", results reported on "test"; they share no task, and training draws none of either.
+    (Their scenes do occur in pretraining, as a real model's contains what GenEval asks for.) A category with
+    few tasks gives each half a quarter of them, at least four, and asks them repeatedly."""
     rng, suite = np.random.default_rng(43), []
     for tag in TAGS:
         tasks = {}
         for _ in range(2000):  # enough to meet every task of the small categories
             task = draw_task(VOCABULARY, rng, tag=tag)
             tasks.setdefault(task_key(task), task)
-        held_out = list(tasks.values())[: each if len(tasks) >= 2 * each else max(1, len(tasks) // 3)]
-        suite += (held_out * each)[:each]
+        size = min(each, max(4, len(tasks) // 4))
+        start = {"validation": 0, "test": size}[part]
+        suite += (list(tasks.values())[start : start + size] * each)[:each]
     return suite
 
 
