@@ -1,27 +1,24 @@
-"""Tables and figures of what ablate.py measured, from its results alone.
+"""Tables and figures of what race.py measured, from its results alone.
 
-    python -m experiments.report                          # figures/ablation.json; figures need matplotlib
+    python -m experiments.report                          # figures/race.json; figures need matplotlib
     python -m experiments.report --pair tiny runs/grpo/step_000080   # front.png: what a run changed
 
 Writes, beside the results,
 
-    ablation.md         the tables: mean over seeds and half a 95 % confidence interval (Student's t)
-    ablation.png        every setting's change of the detector's score, seed by seed
-    learning.png        the detector's score against images and minutes, in runs of full length
-    learning_short.png  the same of the short runs
-    hacking.png         settings that fool themselves beside the same ones that do not
+    race.md             the tables: mean over seeds and half a 95 % confidence interval (Student's t)
+    race.png            the detector's score of validation prompts on the way, against images
+    estimators.png      the same of what scores a Show-o's trajectory, against images and seconds
 """
 
 import argparse
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from evaluate import Gauge, evaluate, first_of_each, picture, shapes_world, world_of
-from experiments.ablate import IMAGES, MODELS, cells, read_results
+from evaluate import evaluate, first_of_each, picture, world_of
+from experiments.race import CELLS, IMAGES, MODELS, read_results, score_of
 from model import UserError, load
 from reward import TAGS
 from sample import contact_sheet, run, write_whole
@@ -31,32 +28,16 @@ TITLES = {"tiny": "tiny Janus", "tiny-show-o": "tiny Show-o"}
 METHODS = {
     "grpo": ("GRPO two-stage", "#2b6cd9"), "sft": ("SFT two-stage", "#3a9d5d"),
     "grpo end-to-end": ("GRPO end-to-end", "#d9822b"), "sft end-to-end": ("SFT end-to-end", "#a04fb5"),
+    "oracle": ("GRPO, oracle reward", "#777777"),
 }
-NAMES = {  # of cells as the tables say them, where that is not their own name
-    "answers trained": "GRPO, answer weight 0.3", "broken": "GRPO, answer weight 3, beta 0",
-    "sft, answers trained": "SFT, answer weight 1", **{name: label for name, (label, _) in METHODS.items()},
-    **{f"full {name}": f"{label}, full length" for name, (label, _) in METHODS.items()},
+ESTIMATORS = {
+    "replay 1": ("one step replayed", "#d9822b"), "grpo": ("three steps", "#2b6cd9"),
+    "replay all": ("all six steps", "#3a9d5d"), "remask": ("masked anew", "#a04fb5"),
 }
-FULL = "The scripts' own defaults"
-
-
-def tables(model: str) -> dict[str, list[str]]:
-    """The cells of every table, that to compare with first."""
-    janus = model == "tiny"
-    return {
-        "Optimiser, and way through the image": ["grpo", "grpo end-to-end", "sft", "sft end-to-end"],
-        "Log-probability of an image token": ["grpo" if janus else "guidance 1", "detached", "conditional"],
-        "Reward": ["grpo", "partial", "likelihood"],
-        "KL to the start": ["grpo", "beta 0", "beta 0.1"],
-        "Answers trained too (GRPO)": ["grpo", "answers trained", *([] if janus else ["broken"])],
-        "Answers trained too (SFT)": ["sft", "sft, answers trained"],
-        "Images a prompt, at as many images a step": ["grpo", "group 4", "group 8", "group 16"],
-        "Guidance while sampling (scored at the same)": [
-            "grpo", *(["guidance 2", "guidance 5"] if janus else ["guidance 1", "guidance 2"])
-        ],
-        FULL: [f"full {name}" for name in METHODS],
-    }
-
+COLUMNS = {  # of the tables, beside the detector's score
+    "own": "own pictures understood", "true": "true pictures understood", "disagree": "the two disagree",
+    "diversity": "diversity",
+}
 
 # ---- tables ------------------------------------------------------------------------------------------------
 
@@ -72,80 +53,129 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def of_cell(results: list[dict], model: str, cell: str) -> dict[int, dict]:
-    """A cell's finished runs by seed."""
-    return {r["seed"]: r for r in results if (r["model"], r["cell"]) == (model, cell) and "after" in r}
-
-
-def change(result: dict, key: str) -> float:
-    """The change of a score over a run: the detector's ("overall", or of a category), or another."""
-    before, after = ({**result[when], **result[when]["generation"]}[key] for when in ("before", "after"))
-    return after - before
-
-
 def signed(values: Sequence[float]) -> str:
     """Mean and interval as a table's cell."""
     mean, half = interval(values)
     return "-" if math.isnan(mean) else f"{mean:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def table(results: list[dict], model: str, names: list[str]) -> list[str]:
-    """A table in Markdown, a row a cell: its changes from the start, and of the detector's that beyond the
-    first cell's, seed by seed, as a seed gives both the same prompts in the first step."""
-    first = of_cell(results, model, names[0])
-    rows = ["| | seeds | detector before | detector, change | beyond the first row "
-            "| true pictures understood, change | own pictures understood, change | the two disagree, change "
-            "| minutes |", "|---" * 9 + "|"]
-    for name in names:
-        found = of_cell(results, model, name)
-        if not found:
-            continue
-        stopped = sum("stopped" in r for r in results if (r["model"], r["cell"]) == (model, name))
-        pairs = [change(r, "overall") - change(first[s], "overall") for s, r in found.items() if s in first]
-        keys = ("overall", "ground_truth", "own_images", "disagreement")
-        detector, *others = [signed([change(r, key) for r in found.values()]) for key in keys]
-        before = np.mean([r["before"]["generation"]["overall"] for r in found.values()])
-        minutes = np.mean([sum(r["seconds"]) / 60 for r in found.values()])
-        seeds = f"{len(found)} ({stopped} stopped)" if stopped else f"{len(found)}"
-        beyond = "" if name == names[0] else signed(pairs)
-        row = [NAMES.get(name, name), seeds, f"{before:.3f}", detector, beyond, *others, f"{minutes:.1f}"]
-        rows.append(f"| {' | '.join(row)} |")
-    return rows
+def row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def category_table(results: list[dict], model: str, length: str) -> list[str]:
-    """The four methods' changes of the detector's score by category, in short runs ("") or "full " ones."""
-    rows = [f"| | {' | '.join(TAGS)} |", "|---" * (len(TAGS) + 1) + "|"]
-    for name, (label, _) in METHODS.items():
-        if found := of_cell(results, model, length + name).values():
-            changes = [signed([change(r, tag) for r in found]) for tag in TAGS]
-            rows.append(f"| {label} | {' | '.join(changes)} |")
-    return rows
+def header(*cells) -> list[str]:
+    return [row(*cells), "|---" * len(cells) + "|"]
 
 
-def write_tables(content: dict, path: Path) -> None:
-    """All tables of all models."""
-    runs = content["runs"]
-    lines = ["# Ablations on the tiny models", "",
-             "Written by report.py: mean over seeds ± half a 95 % confidence interval (Student's t), scores "
-             "of held-out prompts before and after. Minutes are of the training steps, on one core.", ""]
+def start_of(results: list[dict], model: str) -> dict:
+    """The scores of a model before training. Raises UserError where they are not among the results."""
+    for result in results:
+        if (result["model"], result["cell"]) == (model, ""):
+            return result
+    raise UserError(f"no scores of {model}'s start yet: python -m experiments.race")
+
+
+def races(results: list[dict], model: str, cell: str) -> list[dict]:
+    """A cell's runs of the race that came to their end."""
+    return [result for result in results
+            if (result["model"], result["cell"]) == (model, cell) and result["seed"] and "test" in result]
+
+
+def changes(results: list[dict], model: str, cell: str, key: str, when: str = "guidance") -> list[float]:
+    """The change of a score on test prompts, seed by seed: at the guidance of the training, or between the
+    "best" of start and end."""
+    start = start_of(results, model)
+    before = start["test"][start[when]][key]
+    return [result["test"][result[when]][key] - before for result in races(results, model, cell)]
+
+
+def race_table(results: list[dict], cells: dict[str, tuple[str, str]]) -> list[str]:
+    """What the cells changed, of both models."""
+    lines = header("", "seeds", "detector, best against best", "detector, as trained", *COLUMNS.values(),
+                   "seconds")
     for model in MODELS:
-        short = f"`{content['common'][model]}`, {IMAGES} images a step, 240 scored"
-        for length, heading in (("", short), ("full ", "the scripts' own defaults, 720 scored")):
-            lines += [f"## {TITLES[model]}: {heading}", ""]
-            for title, names in tables(model).items():
-                if (title == FULL) == (length == "full "):
-                    lines += [f"**{title}**", "", *table(runs, model, names), ""]
-            lines += ["**The detector's score by category, change**", ""]
-            lines += [*category_table(runs, model, length), ""]
-    versions = {", ".join(f"{key} {value}" for key, value in r["versions"].items()): None for r in runs}
+        start = start_of(results, model)
+        test, best = start["test"][start["guidance"]], start["test"][start["best"]]["detector"]
+        scores = [f"{value:.3f}" for value in (best, test["detector"], *(test[key] for key in COLUMNS))]
+        found = {cell: races(results, model, cell) for cell in cells}
+        if any(found.values()):
+            lines.append(row(f"**{TITLES[model]}**, start", "", *scores, ""))
+        for cell, runs in found.items():
+            if runs:
+                parts = [changes(results, model, cell, "detector", "best")]
+                parts += [changes(results, model, cell, key) for key in ("detector", *COLUMNS)]
+                seconds = np.mean([result["seconds"] for result in runs])
+                lines.append(row(cells[cell][0], len(runs), *map(signed, parts), f"{seconds:.0f}"))
+    return lines
+
+
+def category_table(results: list[dict], model: str) -> list[str]:
+    """The changes by category: the detector's score, and understanding of true pictures."""
+    lines, start = header("", *TAGS), start_of(results, model)
+    for prefix, what in (("", "detector"), ("true ", "true pictures")):
+        keys, test = [prefix + tag for tag in TAGS], start["test"][start["guidance"]]
+        lines.append(row(f"{what}, start", *(f"{test[key]:.3f}" for key in keys)))
+        for cell, (label, _) in METHODS.items():
+            if races(results, model, cell):
+                lines.append(row(label, *(signed(changes(results, model, cell, key)) for key in keys)))
+    return lines
+
+
+def scan_table(results: list[dict], model: str) -> list[str]:
+    """The detector's score of validation prompts by guidance: the start's, and each cell's mean."""
+    scan = start_of(results, model)["validation"]
+    lines = header("guidance", *scan)
+    lines.append(row("start", *(f"{scores['detector']:.3f}" for scores in scan.values())))
+    for cell in CELLS:
+        if runs := races(results, model, cell):
+            means = [np.mean([result["validation"][w]["detector"] for result in runs]) for w in scan]
+            lines.append(row(cell, *(f"{mean:.3f}" for mean in means)))
+    return lines
+
+
+def search_table(results: list[dict], model: str) -> list[str]:
+    """All runs of the searches, the chosen setting in bold."""
+    lines = header("cell", "detector, validation prompts, by learning rate", "at the best rate")
+    for cell in CELLS:
+        runs = [r for r in results if (r["model"], r["cell"], r["seed"]) == (model, cell, 0)]
+        runs.sort(key=lambda result: (result["other"], result["rate"]))
+        best = max(runs, key=score_of, default=None)
+
+        def text(result: dict) -> str:
+            told = result["other"].replace("--", "") or f"{result['rate']:g}"
+            score = "stopped" if "stopped" in result else f"{score_of(result):.3f}"
+            return f"**{told}: {score}**" if result is best else f"{told}: {score}"
+
+        if runs:
+            rates, others = [r for r in runs if not r["other"]], [r for r in runs if r["other"]]
+            lines.append(row(cell, ", ".join(map(text, rates)), ", ".join(map(text, others))))
+    return lines
+
+
+def write_tables(results: list[dict], path: Path) -> None:
+    """All tables."""
+    lines = ["# The race on the tiny models", "",
+             "Written by report.py: changes of scores on test prompts, mean over seeds ± half a 95 % "
+             "confidence interval (Student's t). Seconds are of the training steps, on one core.", "",
+             *race_table(results, METHODS), "", "## What scores a Show-o's trajectory", "",
+             *race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS), ""]
+    for model in MODELS:
+        tables = {
+            "By category, at the guidance of the training:": category_table(results, model),
+            "The detector's score of validation prompts by guidance:": scan_table(results, model),
+            "The searches, 3,072 images a run:": search_table(results, model),
+        }
+        lines += [f"## {TITLES[model]}", ""]
+        for title, table in tables.items():
+            lines += [title, "", *table, ""]
+    versions = {", ".join(f"{key} {value}" for key, value in r["versions"].items()): None for r in results}
     write_whole(path, "\n".join([*lines, f"Made with {'; '.join(versions)}; a run had one core.", ""]))
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
 
-def figures(content: dict, folder: Path) -> None:
-    """The four figures. Raises UserError where matplotlib is not installed."""
+def figures(results: list[dict], folder: Path) -> None:
+    """The figures. Raises UserError where matplotlib is not installed."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -153,92 +183,53 @@ def figures(content: dict, folder: Path) -> None:
     pyplot.switch_backend("Agg")
     pyplot.rcParams |= {"font.size": 8, "savefig.dpi": 110}
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-    drawn = {"ablation": draw_cells, "learning": partial(draw_learning, length="full "),
-             "learning_short": draw_learning, "hacking": draw_hacking}
-    for name, draw in drawn.items():
-        figure = draw(pyplot, content["runs"])
+    for name, draw in {"race": draw_race, "estimators": draw_estimators}.items():
+        figure = draw(pyplot, results)
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         pyplot.close(figure)
 
 
-def draw_cells(pyplot, results: list[dict]):
-    """Every cell's change of the detector's score: a dot a seed, a line for the mean's interval."""
-    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(9, 4.2))
+def draw_course(axis, runs: list[dict], label: str, color: str, start: float, per_step: float) -> None:
+    """A cell's mean course over its seeds with its interval: the detector's score of validation prompts at
+    the guidance of the training, from the start's through those on the way to the end's."""
+    courses = []
+    for result in runs:
+        end = result["validation"][result["guidance"]]["detector"]
+        courses.append([start, *(detector for _, detector, *_ in result["course"]), end])
+    steps = [0, *(step for step, *_ in runs[0]["course"]), len(runs[0]["reward"])]
+    mean, half = np.transpose([interval(place) for place in np.transpose(courses)])
+    places = np.array(steps) * per_step
+    axis.plot(places, mean, color=color, label=label, marker=".", markersize=4)
+    axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+
+
+def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool = False) -> None:
+    """The courses of cells, against images or seconds."""
+    start = start_of(results, model)
+    start = start["validation"][start["guidance"]]["detector"]
+    for cell, (label, color) in cells.items():
+        if runs := races(results, model, cell):
+            a_step = np.mean([result["seconds"] / len(result["reward"]) for result in runs])
+            draw_course(axis, runs, label, color, start, a_step if seconds else IMAGES)
+    axis.set(xlabel="seconds of training on one core" if seconds else "images drawn", title=TITLES[model])
+
+
+def draw_race(pyplot, results: list[dict]):
+    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(9, 3.2))
     for axis, model in zip(axes, MODELS):
-        names = [name for name in cells(model) if of_cell(results, model, name)]
-        for row, name in enumerate(names):
-            values = [change(r, "overall") for r in of_cell(results, model, name).values()]
-            mean, half = interval(values)
-            axis.plot(values, [row] * len(values), "o", color="#2b6cd9", alpha=0.35, markersize=3, mew=0)
-            axis.plot([mean - half, mean + half], [row, row], color="#222222", linewidth=1.2)
-            axis.plot(mean, row, "|", color="#222222", markersize=8)
-            if name == "grpo":
-                axis.axvline(mean, color="#2b6cd9", linewidth=0.6, linestyle=":")
-        axis.axvline(0, color="#999999", linewidth=0.6)
-        axis.set(yticks=range(len(names)), yticklabels=[NAMES.get(name, name) for name in names],
-                 title=TITLES[model], xlabel="change of the detector's score")
-        axis.invert_yaxis()
+        draw_cells(axis, results, model, METHODS)
+    axes[0].set(ylabel="detector, validation prompts")
+    axes[0].legend(frameon=False, fontsize=7)
     return figure
 
 
-def course(result: dict) -> list[tuple[int, float, float, float]]:
-    """From start to end: step, the detector's score, shares of own and of true pictures understood."""
-    places = list(map(tuple, result["held_out"]))
-    for step, scores in ((0, result["before"]), (len(result["reward"]), result["after"])):
-        places.append((step, scores["generation"]["overall"], scores["own_images"], scores["ground_truth"]))
-    return sorted(places)
-
-
-def draw_learning(pyplot, results: list[dict], length: str = ""):
-    """The detector's score of the four methods, mean and interval over seeds, against images and minutes; of
-    short runs, or "full " ones."""
-    figure, axes = pyplot.subplots(len(MODELS), 2, figsize=(9, 5), sharey="row")
-    for row, model in zip(axes, MODELS):
-        for name, (label, color) in METHODS.items():
-            found = list(of_cell(results, model, length + name).values())
-            if not found:
-                continue
-            steps = [step for step, *_ in course(found[0])]
-            scores = np.array([[score for _, score, *_ in course(r)] for r in found])  # [seeds, places]
-            mean, half = np.transpose([interval(place) for place in scores.T])
-            times = [np.mean([sum(r["seconds"][:step]) / 60 for r in found]) for step in steps]
-            for axis, places in zip(row, ([step * found[0]["images"] for step in steps], times)):
-                axis.plot(places, mean, color=color, label=label, marker=".", markersize=4)
-                axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-        row[0].set(ylabel=f"{TITLES[model]}: detector", xlabel="images drawn")
-        row[1].set(xlabel="minutes of training on one core")
-    axes[0][1].legend(frameon=False, fontsize=7)
-    return figure
-
-
-def parted(start: tuple, now: tuple) -> bool:
-    """Whether the gap gauge warns at a place of a course."""
-    scores = [{"generation": {"overall": detector},
-               "understanding": {"own_images": own, "ground_truth": true, "ground_truth_by_category": {}}}
-              for _, detector, own, true in (start, now)]
-    return bool(Gauge(shapes_world(), scores[0], 2).read(scores[1], 2)["parted"])
-
-
-def draw_hacking(pyplot, results: list[dict]):
-    """What the tiny Show-o says about its pictures, what they show, and what it says about true ones: two
-    settings, and the same with answers trained hard. A line a seed; a cross where the gauge warns."""
-    names = ("grpo", "broken", "sft", "sft, answers trained")
-    colors = {"detector": "#2b6cd9", "self-reward": "#d9822b", "true pictures": "#3a9d5d"}
-    figure, axes = pyplot.subplots(1, len(names), figsize=(9, 2.7), sharey=True)
-    for axis, name in zip(axes, names):
-        for result in of_cell(results, "tiny-show-o", name).values():
-            places = course(result)
-            steps, *lines = zip(*places)
-            for line, (label, color) in zip(lines, colors.items()):
-                axis.plot(steps, line, color=color, linewidth=0.9, label=label)
-            for place in places:
-                if parted(places[0], place):
-                    axis.plot(place[0], place[-1], "x", color="#d03030", markersize=5)
-        axis.set(xlabel="steps", ylim=(0, 1.03))
-        axis.set_title(NAMES[name], fontsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[2].legend(handles[:3], labels[:3], frameon=False, fontsize=7, loc=(0.45, 0.5))
+def draw_estimators(pyplot, results: list[dict]):
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for axis, seconds in zip(axes, (False, True)):
+        draw_cells(axis, results, MODELS[1], ESTIMATORS, seconds)
+    axes[0].set(ylabel="detector, validation prompts")
+    axes[0].legend(frameon=False, fontsize=7)
     return figure
 
 
@@ -248,7 +239,7 @@ def draw_pair(names: Sequence[str], path: Path, each: int = 4) -> None:
     cells = []  # (picture, caption)
     for name, when in zip(names, ("before", "after")):
         model = load(name)
-        world = world_of(model)
+        world = world_of(model, "test")
         if not world.detect:
             raise UserError(f"--pair {name}: has no world with a detector; give tiny models")
         world.suite = first_of_each({task.prompt: task for task in world.suite}.values(), each)
@@ -263,18 +254,18 @@ def draw_pair(names: Sequence[str], path: Path, each: int = 4) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="tables and figures of the ablations")
-    parser.add_argument("--results", default=FIGURES / "ablation.json", help="of ablate.py")
+    parser = argparse.ArgumentParser(description="tables and figures of the race")
+    parser.add_argument("--results", default=FIGURES / "race.json", help="of race.py")
     parser.add_argument("--pair", nargs=2, metavar="MODEL", help="draw front.png instead: before, after")
     args = parser.parse_args()
     path = Path(args.results)
     if args.pair:
         draw_pair(args.pair, path.with_name("front.png"))
         return print(f"look at {path.with_name('front.png')}: {args.pair[0]} above, {args.pair[1]} below")
-    content = read_results(path)
-    write_tables(content, path.with_suffix(".md"))
-    figures(content, path.parent)
-    print(f"{len(content['runs'])} runs; look at {path.with_suffix('.md')} and {path.parent}/*.png")
+    results = read_results(path)
+    write_tables(results, path.with_suffix(".md"))
+    figures(results, path.parent)
+    print(f"{len(results)} results; look at {path.with_suffix('.md')} and {path.parent}/*.png")
 
 
 if __name__ == "__main__":
