@@ -185,11 +185,13 @@ def refuse_unknown(world: World, pictures: list[tuple[dict, list[Path]]], given:
         raise UserError(f"{given}: asks for {min(unknown)!r}, unknown to the {world.name} world")
 
 
-def detected(world: World, images: np.ndarray, tasks: Sequence[Task]) -> list[float]:
-    """1 for each picture [H, W, 3] uint8 that the world's detector calls right, else 0."""
-    lines = [geneval_metadata(task) for task in tasks]
+def look(world: World, images: Sequence[np.ndarray], lines: Sequence[dict]) -> list[tuple]:
+    """What the world's detector finds in each picture [H, W, 3] uint8, and the verdict on it given GenEval's
+    line; three times None or "" where there is no detector."""
+    if not world.detect:
+        return [(None, None, "")] * len(lines)
     found = world.detect(images, lines)
-    return [float(verdict(line, objects, *world.thresholds)[0]) for line, objects in zip(lines, found)]
+    return [(objects, *verdict(line, objects, *world.thresholds)) for line, objects in zip(lines, found)]
 
 
 def first_of_each(suite: Sequence[Task], count: int) -> list[Task]:
@@ -269,7 +271,7 @@ def score_images(model, world: World, jobs: list[Job], images, image_features: T
     from the seed. None where something is not measured."""
     tasks, nothing = [task_of(job.metadata) for job in jobs], [None] * len(jobs)
     questions = [task.question for task in tasks]
-    found = world.detect(images, [job.metadata for job in jobs]) if world.detect else nothing
+    seen = look(world, images, [job.metadata for job in jobs])
     own = sample_answers(model, image_features, questions).texts if model else nothing
     true = nothing
     if model and world.render:
@@ -277,9 +279,8 @@ def score_images(model, world: World, jobs: list[Job], images, image_features: T
         true_features = model.image_features(from_uint8(np.stack(pictures), model.device))
         true = sample_answers(model, true_features, questions).texts
     records, keys = [], ("name", "score", "box", "color")
-    for job, task, image, detections, *answers in zip(jobs, tasks, images, found, own, true):
+    for job, task, image, (detections, drawn, reason), *answers in zip(jobs, tasks, images, seen, own, true):
         kept = {"file": str(job.file)} if job.file else {"seed": job.seed, "image": image}
-        drawn, reason = verdict(job.metadata, detections, *world.thresholds) if world.detect else (None, "")
         plain = detections and [{key: getattr(detection, key) for key in keys} for detection in detections]
         right = [None if text is None else score(text, task, world.vocabulary) == 1 for text in answers]
         records.append({

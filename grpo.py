@@ -93,7 +93,7 @@ from tqdm import tqdm
 import evaluate
 from evaluate import Gauge, World, curves, report, table
 from model import NAMES, PARTS, UnifiedModel, UserError, load, read_json, save, widen
-from reward import TAGS, Task, Vocabulary, draw_task, read_tasks, score, task_key
+from reward import TAGS, Task, Vocabulary, draw_task, geneval_metadata, read_tasks, score, task_key
 from sample import (
     COMPILING, Answers, Images, ShortHelp, agree, answer_logprobs, bound_gradient, choose_scored,
     compiling_pays, contact_sheet, encode_answers, image_logits, image_logprobs, non_negative, positive,
@@ -334,7 +334,8 @@ def self_reward(run: "Run", rollout: Rollout) -> list[float]:
     if kind == "oracle":
         with torch.no_grad():
             pictures = to_uint8(run.sampler.to_pixels(rollout.images.codes))
-        return evaluate.detected(run.world, pictures, rollout.tasks)
+        lines = [geneval_metadata(task) for task in rollout.tasks]
+        return [float(right) for _, right, _ in evaluate.look(run.world, pictures, lines)]
     if kind != "likelihood":
         answered = zip(rollout.answers.texts, rollout.tasks)
         return [score(text, task, run.vocabulary, kind) for text, task in answered]

@@ -2265,7 +2265,7 @@ def test_a_folder_of_perfect_pictures_scores_one_and_is_understood(tiny, tmp_pat
     images = [[shapes.render(task, rng)] for task in tasks]
     folder = put(tmp_path / "perfect", [geneval_metadata(task) for task in tasks], images)
     scores = call_evaluate("--model", "tiny", "--images", folder, out=tmp_path / "out")["scores"]
-    assert set(scores["generation"].values()) == {1} and scores["understanding"]["own_images"] > 0.8
+    assert set(scores["generation"].values()) == {1} and scores["understanding"]["own_images"] > 0.85
     world = World("shapes", shapes.VOCABULARY, tasks[:2], pictures=read_folder(folder))
     of_true, _ = evaluate(tiny, world, 3.0, images_per_prompt=1, compiled=False)
     assert of_true["understanding"]["ground_truth"] == scores["understanding"]["own_images"]
@@ -2289,7 +2289,8 @@ def test_a_fair_start_is_scored_the_same_at_once_in_two_goes_and_by_two_ranks(na
         record["file"] = Path(record["file"]).read_bytes()
     assert whole["images"] == again["images"] == sorted(ranks["images"], key=lambda record: record["index"])
     assert scores == again["scores"] == ranks["scores"]
-    assert 0.3 < scores["generation"]["overall"] < 0.7 < scores["understanding"]["ground_truth"]
+    assert 0.3 < scores["generation"]["overall"] < 0.7 and scores["understanding"]["ground_truth"] > 0.9
+    assert min(scores["understanding"]["ground_truth_by_category"].values()) > 0.5
 
 
 # ---- evaluate.py's scores ----------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from evaluate import evaluate, versions, world_of
 from model import UserError, load, read_json
+from reward import TAGS
 from sample import ShortHelp, run, write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -50,13 +50,15 @@ SEARCH, RACE = 32, 125  # steps
 # ---- what is run -------------------------------------------------------------------------------------------
 
 RATES = tuple(5e-5 * 2**k for k in range(5))
+GROUP = "--prompts 16 --group 6", "--prompts 4 --group 24"
 
 
 class Cell(NamedTuple):
     """What takes part in the race."""
 
-    flags: str  # the script and what makes it this cell
-    others: tuple[str, str]  # two values of a setting of its own, beside the default
+    script: str  # and what it is given before its flags
+    flags: str  # what makes it this cell
+    others: tuple[str, str] = GROUP  # two values of a setting of its own, beside the default
     rates: tuple[float, ...] = RATES  # the first that are tried
     tier: int = 0  # lower ones are run first
     models: tuple[str, ...] = MODELS
@@ -64,25 +66,24 @@ class Cell(NamedTuple):
     settings_of: str = ""  # the cell whose chosen setting it has, instead of a search of its own
 
 
-GROUP = "--prompts 16 --group 6", "--prompts 4 --group 24"
 BUFFER, TAU = ("--buffer 200", "--buffer 600"), ("--tau 0.5", "--tau 2")
-GRPO, SFT = f"grpo.py --prompts {IMAGES // 12} --group 12", f"sft.py --prompts {IMAGES}"
+GRPO, SFT = f"--prompts {IMAGES // 12} --group 12", f"--prompts {IMAGES}"
 LOWER = tuple(rate / 2 for rate in RATES)
 SHOW_O = MODELS[1:]
 # Steps of pretraining, which make the better judges: runs/judges/tiny-800 is what
 # `python -m tiny.pretrain --clean 800 --steps 800 --out runs/judges/tiny-800` writes.
 JUDGES = 800, 1200, 1600, 2000, 2800
 CELLS = {
-    "grpo": Cell(GRPO, GROUP),
-    "sft": Cell(SFT, BUFFER),
-    "grpo end-to-end": Cell(f"{GRPO} --mode end-to-end", TAU, LOWER),
-    "sft end-to-end": Cell(f"{SFT} --mode end-to-end", TAU, LOWER),
-    "oracle": Cell(f"{GRPO} --reward oracle", GROUP, tier=1),
-    "replay 1": Cell(f"{GRPO} --replay-steps 1", GROUP, tier=2, models=SHOW_O),
-    "replay all": Cell(f"{GRPO} --replay-steps 0", GROUP, tier=2, models=SHOW_O),
-    "remask": Cell(f"{GRPO} --estimator remask --logprob conditional", GROUP, tier=2, models=SHOW_O),
-    **{f"judge {steps}": Cell(GRPO.replace("grpo.py", f"experiments/judged.py runs/judges/MODEL-{steps}"),
-                              GROUP, tier=3, seeds=2, settings_of="grpo") for steps in JUDGES},
+    "grpo": Cell("grpo.py", GRPO),
+    "sft": Cell("sft.py", SFT, BUFFER),
+    "grpo end-to-end": Cell("grpo.py", f"{GRPO} --mode end-to-end", TAU, LOWER),
+    "sft end-to-end": Cell("sft.py", f"{SFT} --mode end-to-end", TAU, LOWER),
+    "oracle": Cell("grpo.py", f"{GRPO} --reward oracle", tier=1),
+    "replay 1": Cell("grpo.py", f"{GRPO} --replay-steps 1", tier=2, models=SHOW_O),
+    "replay all": Cell("grpo.py", f"{GRPO} --replay-steps 0", tier=2, models=SHOW_O),
+    "remask": Cell("grpo.py", f"{GRPO} --estimator remask --logprob conditional", tier=2, models=SHOW_O),
+    **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/MODEL-{steps}", GRPO, tier=3, seeds=2,
+                              settings_of="grpo") for steps in JUDGES},
 }
 
 
@@ -95,12 +96,17 @@ class Job(NamedTuple):
     other: str = ""
     seed: int = 0
 
-    def command(self) -> str:
+    def script(self) -> list[str]:
+        return CELLS[self.cell].script.replace("MODEL", self.model).split()
+
+    def flags(self) -> list[str]:
         steps = RACE if self.seed else SEARCH
         watch = f"--eval-every {RACE // 5} --eval-images 2" if self.seed else "--eval-every 0"
-        flags = f"{CELLS[self.cell].flags} --lr {self.rate:g} {self.other} --steps {steps} {watch}"
-        flags = f"{flags} --model {self.model} --seed {self.seed} --save-every 25 --keep 1 --no-compile"
-        return " ".join(flags.replace("MODEL", self.model).split())
+        flags = f"{CELLS[self.cell].flags} --lr {self.rate:g} {self.other} --steps {steps} {watch} --model "
+        return f"{flags} {self.model} --seed {self.seed} --save-every 25 --keep 1 --no-compile".split()
+
+    def command(self) -> str:
+        return " ".join(self.script() + self.flags())
 
     def folder(self, runs: Path) -> Path:
         setting = "-".join([f"{self.rate:g}", *self.other.replace("--", "").split()])
@@ -111,9 +117,9 @@ def search(model: str, name: str, scores: dict[Job, float]) -> list[Job]:
     """The runs of a cell's search, those that can begin and those that have a score; the chosen one alone
     once all have."""
     cell = CELLS[name]
-    tried = {job.rate: job for job in scores if job[:2] == (model, name) and not job.other and not job.seed}
+    tried = [job.rate for job in scores if job[:2] == (model, name)]
     rates = sorted({*cell.rates, *tried})
-    jobs = [tried.get(rate, Job(model, name, rate)) for rate in rates]
+    jobs = [Job(model, name, rate) for rate in rates]
     if not all(job in scores for job in jobs):
         return jobs
     best = max(jobs, key=scores.get)
@@ -158,19 +164,23 @@ def diversity(records: list[dict]) -> float:
 
 
 def measured(model, part: str, guidance: float, images_per_prompt: int) -> dict[str, float]:
-    """What is kept of the scores on half of the held-out prompts."""
+    """What is kept of the scores on half of the held-out prompts; true pictures, whose answers are the same
+    at any guidance, are asked about with the test prompts only."""
+    world = world_of(model, part)
+    if part == "validation":
+        world.render = None
     scores, records = evaluate(
-        model, world_of(model, part), guidance, images_per_prompt=images_per_prompt, batch=96,
+        model, world, guidance, images_per_prompt=images_per_prompt, batch=96,
         seed={"validation": 0, "test": 1}[part], compiled=False, progress=f"{part}, guidance {guidance:g}",
     )
-    understanding = scores["understanding"]
+    generation, understanding = scores["generation"], scores["understanding"]
     kept = {
-        "detector": scores["generation"].pop("overall"), **scores["generation"],
+        "detector": generation["overall"], **{tag: generation[tag] for tag in TAGS},
         "own": understanding["own_images"], "true": understanding["ground_truth"],
         **{f"true {tag}": share for tag, share in understanding["ground_truth_by_category"].items()},
         "disagree": scores["imbalance"]["disagreement"], "diversity": diversity(records),
     }
-    return {name: round(value, 4) for name, value in kept.items()}
+    return {name: round(value, 4) for name, value in kept.items() if value is not None}
 
 
 def score_model(job: Job, folder: str) -> dict:
@@ -197,12 +207,11 @@ def perform(job: Job, runs: Path) -> dict | None:
     log, result["command"] = folder.with_suffix(".log"), command
     if not (folder / "summary.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        script, *flags = shlex.split(command)
-        begun = (folder / "args.json").exists()
-        flags = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
+        begun, (script, *given) = (folder / "args.json").exists(), job.script()
+        flags = ["--resume", str(folder)] if begun else [*job.flags(), "--out", str(folder)]
         with open(log, "ab") as out:
-            code = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=out, stderr=out,
-                                  env={**os.environ, **ENVIRONMENT}).returncode
+            code = subprocess.run([sys.executable, str(ROOT / script), *given, *flags], stdout=out,
+                                  stderr=out, env={**os.environ, **ENVIRONMENT}).returncode
         if not (folder / "summary.json").exists():
             if code in (0, 130, -2, -15):  # it was told to stop
                 return None
@@ -233,6 +242,7 @@ def read_results(path: Path) -> list[dict]:
 
 
 def job_of(result: dict) -> Job:
+    """The job that a result is of."""
     return Job(*(result[field] for field in Job._fields))
 
 

@@ -1,7 +1,7 @@
 """Tables and figures of what race.py measured, from its results alone.
 
     python -m experiments.report                          # figures/race.json; figures need matplotlib
-    python -m experiments.report --pair tiny runs/grpo/step_000080   # front.png: what a run changed
+    python -m experiments.report --pair tiny runs/grpo/step_000050   # front.png: what a run changed
 
 Writes, beside the results,
 
@@ -32,7 +32,7 @@ METHODS = {
 }
 ESTIMATORS = {
     "replay 1": ("one step replayed", "#d9822b"), "grpo": ("three steps", "#2b6cd9"),
-    "replay all": ("all six steps", "#3a9d5d"), "remask": ("masked anew", "#a04fb5"),
+    "replay all": ("all nine steps", "#3a9d5d"), "remask": ("masked anew", "#a04fb5"),
 }
 COLUMNS = {  # of the tables, beside the detector's score
     "own": "own pictures understood", "true": "true pictures understood", "disagree": "the two disagree",
@@ -60,10 +60,12 @@ def signed(values: Sequence[float]) -> str:
 
 
 def row(*cells) -> str:
+    """A line of a table in Markdown."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def header(*cells) -> list[str]:
+    """The first two lines of one."""
     return [row(*cells), "|---" * len(cells) + "|"]
 
 
@@ -183,8 +185,15 @@ def figures(results: list[dict], folder: Path) -> None:
     pyplot.switch_backend("Agg")
     pyplot.rcParams |= {"font.size": 8, "savefig.dpi": 110}
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-    for name, draw in {"race": draw_race, "estimators": draw_estimators}.items():
-        figure = draw(pyplot, results)
+    for name, panels in {
+        "race": [(model, METHODS, False) for model in MODELS],
+        "estimators": [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)],
+    }.items():
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 3.2))
+        for axis, panel in zip(axes, panels):
+            draw_cells(axis, results, *panel)
+        axes[0].set(ylabel="detector, validation prompts")
+        axes[0].legend(frameon=False, fontsize=7)
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         pyplot.close(figure)
@@ -204,7 +213,7 @@ def draw_course(axis, runs: list[dict], label: str, color: str, start: float, pe
     axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
-def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool = False) -> None:
+def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool) -> None:
     """The courses of cells, against images or seconds."""
     start = start_of(results, model)
     start = start["validation"][start["guidance"]]["detector"]
@@ -213,24 +222,6 @@ def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool
             a_step = np.mean([result["seconds"] / len(result["reward"]) for result in runs])
             draw_course(axis, runs, label, color, start, a_step if seconds else IMAGES)
     axis.set(xlabel="seconds of training on one core" if seconds else "images drawn", title=TITLES[model])
-
-
-def draw_race(pyplot, results: list[dict]):
-    figure, axes = pyplot.subplots(1, len(MODELS), figsize=(9, 3.2))
-    for axis, model in zip(axes, MODELS):
-        draw_cells(axis, results, model, METHODS)
-    axes[0].set(ylabel="detector, validation prompts")
-    axes[0].legend(frameon=False, fontsize=7)
-    return figure
-
-
-def draw_estimators(pyplot, results: list[dict]):
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, seconds in zip(axes, (False, True)):
-        draw_cells(axis, results, MODELS[1], ESTIMATORS, seconds)
-    axes[0].set(ylabel="detector, validation prompts")
-    axes[0].legend(frameon=False, fontsize=7)
-    return figure
 
 
 def draw_pair(names: Sequence[str], path: Path, each: int = 4) -> None:

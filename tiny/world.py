@@ -48,20 +48,28 @@ MIN_PIXELS = 9
 
 
 @functools.cache
-def held_out_tasks(part: str = "validation", each: int = 20) -> list[Task]:
-    """Half of the world's held-out tasks, the same in every run: `each` entries a category. Settings are
-    chosen on "validation", results reported on "test"; they share no task, and training draws none of either.
-    (Their scenes do occur in pretraining, as a real model's contains what GenEval asks for.) A category with
-    few tasks gives each half a quarter of them, at least four, and asks them repeatedly."""
-    rng, suite = np.random.default_rng(43), []
+def different_tasks() -> dict[str, list[Task]]:
+    """Of every category tasks that differ, the same in every run, all of those that have few."""
+    rng, suite = np.random.default_rng(43), {}
     for tag in TAGS:
         tasks = {}
         for _ in range(2000):  # enough to meet every task of the small categories
             task = draw_task(VOCABULARY, rng, tag=tag)
             tasks.setdefault(task_key(task), task)
+        suite[tag] = list(tasks.values())
+    return suite
+
+
+def held_out_tasks(part: str = "validation", each: int = 20) -> list[Task]:
+    """Half of the world's held-out tasks, the same in every run: `each` entries a category. Settings are
+    chosen on "validation", results reported on "test"; they share no task, and training draws none of either.
+    (Their scenes do occur in pretraining, as a real model's contains what GenEval asks for.) A category with
+    few tasks gives each half a quarter of them, at least four, and asks them repeatedly."""
+    suite = []
+    for tasks in different_tasks().values():
         size = min(each, max(4, len(tasks) // 4))
         start = {"validation": 0, "test": size}[part]
-        suite += (list(tasks.values())[start : start + size] * each)[:each]
+        suite += (tasks[start : start + size] * each)[:each]
     return suite
 
 
