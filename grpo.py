@@ -1,7 +1,7 @@
 """Self-improving GRPO: a unified model draws, answers a question about its own picture, and is rewarded for
 it.
 
-    torchrun grpo.py                          # the tiny Janus, two CPU cores, four minutes
+    torchrun grpo.py                          # the tiny Janus, two CPU cores, four to five minutes
     torchrun grpo.py --model tiny-show-o      # the tiny Show-o, which draws by mask-predict
     torchrun grpo.py --model janus            # Janus-1.3B, one GPU of 80 GB
     torchrun --nproc_per_node 8 grpo.py --model janus-pro-7b --shard     # a model that does not fit one GPU

@@ -1,7 +1,7 @@
 """Self-improving SFT: a unified model draws, and learns from the known answer to a question about its
 picture.
 
-    torchrun sft.py                           # the tiny Janus, two CPU cores, some five minutes
+    torchrun sft.py                           # the tiny Janus, two CPU cores, seven minutes
     torchrun sft.py --model tiny-show-o       # the tiny Show-o, which draws by mask-predict
     torchrun sft.py --mode end-to-end         # through the image tokens, by straight-through Gumbel-softmax
     torchrun sft.py --model janus             # Janus-1.3B, one GPU of 80 GB
