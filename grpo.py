@@ -27,8 +27,8 @@ How this differs from the paper, or fixes what the paper leaves open:
    should be about 0.
 4. End-to-end, images are sampled first; one parallel pass recomputes their logits, and the Gumbel noise is
    drawn conditioned on the sampled codes, so that no gradient has to run through the sampling loop. A frozen
-   copy of the starting model answers and passes the gradient on (--judge), cut to a norm in each picture
-   (PICTURE_CLIP).
+   copy of the starting model answers and passes the gradient on (--judge), cut to a norm in each code
+   (CODE_CLIP).
 5. A Show-o draws in steps. The log-probability of an image token is that of the step which committed it,
    given the canvas of that step; the order is taken as given. Of each image a few random steps are replayed
    (--replay-steps), their tokens weighted so that the mean is that over all steps; published trainers of
@@ -199,7 +199,7 @@ PRESETS = presets(
     show_o_end={"steps": 15, "prompts": 8, "micro_batch": 96, "eval_every": 5},
 )
 CLIP = 0.2  # of the ratio
-PICTURE_CLIP = 1.0  # of the norm of the end-to-end gradient in each picture's codes
+CODE_CLIP = 0.1  # of the norm of the end-to-end gradient in each code
 WARMUP = 10  # steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0
 LORA_LR = 10  # times the learning rate of all weights, unless --lr is given
@@ -305,7 +305,7 @@ def straight_through(
     logits = image_logits(policy, images, settings.guidance, settings.temperature, settings.logprob)
     logprobs, entropy = score_logits(logits, images.codes)
     one_hots = relaxed_codes(logits, images.codes, settings.tau, rollout.seeds, images.weights)
-    one_hots = bound_gradient(one_hots, PICTURE_CLIP / (settings.prompts * settings.group))
+    one_hots = bound_gradient(one_hots, CODE_CLIP / (settings.prompts * settings.group))
     return logprobs * (images.weights > 0), entropy, judge.image_features(one_hots)
 
 

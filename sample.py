@@ -529,11 +529,11 @@ def gumbel_given(logits: Tensor, codes: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 def bound_gradient(images: Tensor, norm: float) -> Tensor:
-    """The same images [B, ...], for each of which the gradient that comes back is cut to a norm. Through
-    decoder and encoder its length is heavy-tailed, and a few pictures would decide every step."""
+    """The same one-hots [B, N, V], in each of which the gradient that comes back is cut to a norm. Of the
+    judge's gradient at a picture a few codes have nearly all, which say little of what another code would
+    do (experiments/RESULTS.md)."""
     if images.requires_grad:
-        rest = (1,) * (images.dim() - 1)
-        images.register_hook(lambda g: g * (norm / g.flatten(1).norm(dim=1).clamp(min=norm)).view(-1, *rest))
+        images.register_hook(lambda g: g * (norm / g.norm(dim=-1, keepdim=True).clamp(min=norm)))
     return images
 
 

@@ -1502,11 +1502,11 @@ def test_relaxed_image_is_the_sampled_image_bit_for_bit(tiny):
 
 def test_bound_gradient_shortens_the_long_ones_and_keeps_their_direction():
     images = torch.ones(3, 2, 2, requires_grad=True)
-    pulls = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[0.3, 0.0], [0.4, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    pulls = torch.tensor([[[3.0, 4.0], [0.0, 4.0]], [[0.3, 0.0], [0.6, 0.8]], [[0.0, 0.0], [0.0, 2.0]]])
     bounded = sample.bound_gradient(images * 1.0, 1.0)
     assert torch.equal(bounded, images)
     gradient = torch.autograd.grad((bounded * pulls).sum(), images)[0]
-    close(gradient, torch.stack([pulls[0] / 5, *pulls[1:]]), 1e-6)
+    close(gradient, pulls / torch.tensor([[5.0, 4.0], [1.0, 1.0], [1.0, 2.0]])[..., None], 1e-6)
 
 
 TINIEST = {"janus": dict(image_size=8, patch_size=2, channels=(1, 2), codes=7, layers=1),
@@ -1526,7 +1526,7 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
     rollout = grpo.Rollout(tasks, [3, 4], images, None, ["What is it?", "How many?"], None)
     monkeypatch.setattr(grpo, "bound_gradient", lambda one_hots, norm: bounds.append(norm) or one_hots)
     loss = sft.answer_loss(model, rollout, grpo.straight_through(model, model, rollout, settings)[2]).sum()
-    assert bounds == [1 / 6]
+    assert bounds == [0.1 / 6]
 
     def logits_now():
         if logprob != "detached":
