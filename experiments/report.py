@@ -158,7 +158,8 @@ def write_tables(results: list[dict], path: Path) -> None:
     """All tables."""
     lines = ["# The race on the tiny models", "",
              "Written by report.py: changes of scores on test prompts, mean over seeds ± half a 95 % "
-             "confidence interval (Student's t). Seconds are of the training steps, on one core.", "",
+             "confidence interval (Student's t). The start's own score, of 2,880 pictures, has a standard "
+             "error of up to 0.01 beside it. Seconds are of the training steps, on one core.", "",
              *race_table(results, METHODS), "", "## What scores a Show-o's trajectory", "",
              *race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS), ""]
     for model in MODELS:
