@@ -61,6 +61,8 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 import evaluate as evaluate_module
 from evaluate import Detection, evaluate, Gauge, load_detector, read_folder, summarize, verdict, World
+from experiments import race
+from experiments.gradients import compare
 import grpo
 import model as model_module
 from model import (
@@ -2848,6 +2850,38 @@ def test_killed_while_it_saves_a_run_ends_as_if_it_had_not_been(done, pocket, tm
     call("--resume", out)
     assert read_metrics(out) == read_metrics(done("grpo")) and not list(out.glob("*.partial*"))
     assert contents(out / "step_000002") == contents(done("grpo") / "step_000002")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The experiments
+
+
+@pytest.mark.parametrize("best, tried", [(1.6e-3, 7), (1e-4, 5), (2.5e-5, 7)])
+def test_a_search_of_the_race_goes_on_until_its_best_rate_is_inside(best, tried):
+    """Pretended scores that fall with the distance from a best rate, which may lie outside the first five."""
+    scores, runs = {}, []
+    while jobs := race.search("tiny", "grpo", scores):
+        if len(jobs) == 1 and jobs[0] in scores:
+            break
+        runs += [job for job in jobs if job not in scores]
+        scores |= {job: -abs(math.log2(job.rate / best)) + ("24" in job.other) for job in jobs}
+    rates = sorted(job.rate for job in runs if not job.other)
+    assert min(rates) < best < max(rates) and len(rates) == tried and len(runs) == len(set(runs)) == tried + 2
+    assert jobs == [race.Job("tiny", "grpo", best, "--prompts 4 --group 24")] and best in rates
+    seeds = race.missing("tiny", "grpo", scores)
+    assert [job.seed for job in seeds] == [1, 2, 3, 4, 5] and {job[:4] for job in seeds} == {jobs[0][:4]}
+
+
+@pytest.mark.parametrize("cosine", [-0.5, 0, 0.8])
+def test_compared_gradients_have_the_cosine_they_were_made_with(cosine):
+    noise, D = torch.randn(2, 100, 300, generator=seeded(0)), 300
+    axes = torch.eye(D)[:2]
+    true, other = 20 * axes[0], 10 * (cosine * axes[0] + (1 - cosine**2) ** 0.5 * axes[1])
+    said = compare(other + noise[0], true + 2 * noise[1])
+    length = (10**2 + D) ** 0.5  # of one gradient with its noise
+    for (value, error), expected in ((said["mean"], cosine), (said["batch"], 10 * cosine / length)):
+        assert 0 < error < 0.02 and abs(value - expected) < 4 * error
+    assert compare(noise[0, :3] - noise[0, :3].mean(0), noise[1, :3])["mean"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------
