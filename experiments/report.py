@@ -160,8 +160,10 @@ def write_tables(results: list[dict], path: Path) -> None:
              "Written by report.py: changes of scores on test prompts, mean over seeds ± half a 95 % "
              "confidence interval (Student's t). The start's own score, of 2,880 pictures, has a standard "
              "error of up to 0.01 beside it. Seconds are of the training steps, on one core.", "",
-             *race_table(results, METHODS), "", "## What scores a Show-o's trajectory", "",
-             *race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS), ""]
+             *race_table(results, METHODS), ""]
+    table = race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS)
+    if len(table) > 2:
+        lines += ["## What scores a Show-o's trajectory", "", *table, ""]
     for model in MODELS:
         tables = {
             "By category, at the guidance of the training:": category_table(results, model),
@@ -190,7 +192,10 @@ def figures(results: list[dict], folder: Path) -> None:
         "race": [(model, METHODS, False) for model in MODELS],
         "estimators": [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)],
     }.items():
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 3.2))
+        panels = [panel for panel in panels if any(races(results, panel[0], cell) for cell in panel[1])]
+        if not panels:  # not yet
+            continue
+        figure, (axes,) = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
         for axis, panel in zip(axes, panels):
             draw_cells(axis, results, *panel)
         axes[0].set(ylabel="detector, validation prompts")
