@@ -31,7 +31,7 @@ from evaluate import versions, world_of
 from model import UnifiedModel, load
 from reward import TAGS, Task, draw_task, task_key
 from sample import (
-    Images, ShortHelp, answer_logprobs, encode_answers, gumbel_given, image_logits, positive, relaxed_codes,
+    ShortHelp, answer_logprobs, encode_answers, gumbel_given, image_logits, positive, relaxed_codes,
     run, sample_images, write_whole,
 )
 
@@ -75,27 +75,28 @@ def reinmax(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def enumerated(
-    judge: UnifiedModel, tasks: list[Task], images: Images, logits: Tensor, rng: np.random.Generator
+    judge: UnifiedModel, tasks: list[Task], codes: Tensor, logits: Tensor, before: Tensor,
+    rng: np.random.Generator,
 ) -> Tensor:
     """A loss [1] whose gradient is the exact one for single codes, all others fixed: the judge is shown the
-    picture with every likely code at random places, drawn in proportion to their entropy."""
+    pictures, whose losses are `before` [B], with every likely code at random places, drawn in proportion to
+    their entropy."""
     logprobs = logits.log_softmax(-1)
     p = logprobs.detach().exp()
     entropy = -(p * logprobs.detach()).nan_to_num().sum(-1) + 1e-3  # [B, N]
-    chances = (entropy / entropy.sum(1, keepdim=True)).double().numpy()
     rows, weights = [], []
-    for picture, row in enumerate(chances):
-        for place in rng.choice(len(row), PLACES, p=row / row.sum()):
+    for picture, row in enumerate(entropy.double().numpy()):
+        chances = row / row.sum()
+        for place in rng.choice(len(row), PLACES, p=chances):
             for code in p[picture, place].topk(min(LIKELY, p.shape[-1])).indices.tolist():
                 rows.append((picture, place, code))
-                weights.append(1 / (PLACES * row[place]))
+                weights.append(1 / (PLACES * chances[place]))
     picture, place, code = torch.tensor(np.array(rows)).T
-    codes = images.codes[picture]
+    codes = codes[picture]
     codes[torch.arange(len(rows)), place] = code
     with torch.no_grad():
         values = [losses(judge, [tasks[i] for i in part.tolist()], judge.image_features(codes[at]))[0]
                   for part, at in zip(picture.split(192), torch.arange(len(rows)).split(192))]
-        before = losses(judge, tasks, judge.image_features(images.codes))[0]
     change = torch.cat(values) - before[picture]
     return (torch.tensor(weights) * change * logprobs[picture, place, code].exp()).sum().float()
 
@@ -106,11 +107,12 @@ def estimates(
     """By name, what gives a batch's loss; its gradient is an estimate."""
     images = sample_images(policy, [task.prompt for task in tasks], seeds, policy.guidance, compiled=False)
     logits = image_logits(policy, images, policy.guidance, 1.0)  # [B, N, V]
-    codes, V = images.codes, logits.shape[-1]
-    hard = F.one_hot(codes, V).to(logits.dtype)
+    codes = images.codes
+    hard = F.one_hot(codes, logits.shape[-1]).to(logits.dtype)
     with torch.no_grad():
-        loss = losses(judge, tasks, judge.image_features(codes))[0].view(-1, GROUP)
-    advantage = (loss - loss.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
+        loss = losses(judge, tasks, judge.image_features(codes))[0]
+    groups = loss.view(-1, GROUP)
+    advantage = (groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
     drawn = logits.log_softmax(-1).gather(-1, codes[..., None]).sum((1, 2))
     relaxed = lambda tau, seeds=seeds: relaxed_codes(logits, codes, tau, seeds)
     plain, by_chance = pull(judge, tasks, hard), pull(judge, tasks, hard, loss=1)
@@ -139,7 +141,8 @@ def estimates(
     if policy.draw_steps is None:
         noisy = cut(pull(judge, tasks, hard, noise=PIXELS), 0.1)
         ways[f"noise of {PIXELS} on the pixels"] = lambda: (relaxed(1.0) * noisy).sum()
-        ways["exact for each code, all others fixed"] = lambda: enumerated(judge, tasks, images, logits, rng)
+        exact = lambda: enumerated(judge, tasks, codes, logits, loss, rng)
+        ways["exact for each code, all others fixed"] = exact
     return ways
 
 
