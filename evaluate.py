@@ -801,6 +801,8 @@ def main() -> None:
 def versions() -> dict[str, str]:
     """What a result was made with."""
     machine = f"{platform.system()} {platform.machine()}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     return {"python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "numpy": np.__version__, "machine": machine}
 

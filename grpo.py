@@ -26,9 +26,10 @@ How this differs from the paper, or fixes what the paper leaves open:
    training pass, so that a difference between the two passes shows: `rollout_difference` is logged, and
    should be about 0.
 4. End-to-end, images are sampled first; one parallel pass recomputes their logits, and the Gumbel noise is
-   drawn conditioned on the sampled codes, so that no gradient has to run through the sampling loop. A frozen
-   copy of the starting model answers and passes the gradient on (--judge), cut to a norm in each code
-   (CODE_CLIP).
+   drawn conditioned on the sampled codes, so that no gradient has to run through the sampling loop. The
+   judge, a frozen copy of the starting model (--judge), passes it back at a picture that is half the sampled
+   codes and half their softmax (--soft), where it points better than at the codes, and it is cut to a norm
+   in each code (CODE_CLIP).
 5. A Show-o draws in steps. The log-probability of an image token is that of the step which committed it,
    given the canvas of that step; the order is taken as given. Of each image a few random steps are replayed
    (--replay-steps), their tokens weighted so that the mean is that over all steps; published trainers of
@@ -148,7 +149,8 @@ class Settings:
     lr: float = flag(positive(float), "at its highest; falls to 0 over --steps; with --lora ten times")
     beta: float = flag(non_negative(float), "of the KL to the reference")
     answer_weight: float = flag(non_negative(float), "of the answer tokens' loss")
-    tau: float = flag(positive(float), "of the straight-through Gumbel-softmax", 1.0)
+    tau: float = flag(positive(float), "of end-to-end's Gumbel-softmax", 1.0)
+    soft: float = flag(non_negative(float), "share of it in what the judge sees; 0: straight-through", 0.5)
     judge: str = flag(["policy", "frozen"], "who answers: the policy, or its frozen start as end-to-end")
     # memory and machines
     bf16: bool = flag(None, "compute in bfloat16 (always on GPUs); weights that learn stay float32", False)
@@ -268,10 +270,14 @@ def objective(
         sums = {name: (images.weights * values).sum() for name, values in means.items()}
         sums["ratio"] += len(off)
     if of_answers is not None:
-        kl = k3(of_answers, rollout.reference_answers)  # [B, A]
-        tokens = clipped_objective(of_answers, answers.logprobs, advantages) + settings.beta * kl
+        # End-to-end what the judge is shown is not quite the picture that it was asked about.
+        old = answers.logprobs if settings.mode == "two-stage" else of_answers.detach()
+        tokens = clipped_objective(of_answers, old, advantages)  # [B, A]
+        if rollout.reference_answers is not None:
+            kl = k3(of_answers, rollout.reference_answers)
+            tokens = tokens + settings.beta * kl
+            sums["kl_answer"] = (answers.weights * kl).sum()
         loss = loss + settings.answer_weight * (answers.weights * tokens).sum()
-        sums["kl_answer"] = (answers.weights * kl).sum()
     return loss, {"loss": loss, **sums}
 
 
@@ -279,11 +285,11 @@ def trajectory_logprobs(
     model: UnifiedModel, rollout: Rollout, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of a rollout, teacher-forced: log-probs and entropies [B, N] of its image codes, and, where answers
-    learn, log-probs [B, A] of its answer tokens."""
+    are actions that learn, log-probs [B, A] of its answer tokens."""
     logprobs, entropy = image_logprobs(
         model, rollout.images, settings.guidance, settings.temperature, settings.logprob
     )
-    if not settings.answer_weight:
+    if settings.mode == "end-to-end" or not settings.answer_weight:
         return logprobs, entropy, None
     features = rollout.image_features
     if "vision_model" not in settings.freeze:  # it learns: what it sees is computed anew, with gradient
@@ -294,9 +300,9 @@ def trajectory_logprobs(
 def straight_through(
     policy: UnifiedModel, judge: UnifiedModel, rollout: Rollout, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """End-to-end's way through the image: logits -> relaxed one-hots, which going forward are the very codes
-    that were sampled, and going backward softmax((logits + noise) / tau) -> the picture, as the judge sees
-    it.
+    """End-to-end's way through the image: logits -> relaxed one-hots, which going forward are the codes that
+    were sampled, or --soft of the way from them to what they are going backward, softmax((logits + noise) /
+    tau) -> the picture, as the judge sees it.
 
     Returns log-probs and entropies [B, N] of the codes, and the judge's image features, whose gradient
     reaches the policy.
@@ -304,7 +310,8 @@ def straight_through(
     images = rollout.images
     logits = image_logits(policy, images, settings.guidance, settings.temperature, settings.logprob)
     logprobs, entropy = score_logits(logits, images.codes)
-    one_hots = relaxed_codes(logits, images.codes, settings.tau, rollout.seeds, images.weights)
+    how = settings.tau, rollout.seeds, settings.soft, images.weights
+    one_hots = relaxed_codes(logits, images.codes, *how)
     one_hots = bound_gradient(one_hots, CODE_CLIP / (settings.prompts * settings.group))
     return logprobs * (images.weights > 0), entropy, judge.image_features(one_hots)
 
@@ -477,6 +484,7 @@ def recommend(settings: Settings, preset: dict, model: UnifiedModel) -> None:
             not frozen < learns,
         "--freeze language_model leaves --lora nothing":
             settings.lora and "language_model" in frozen,
+        f"--soft {settings.soft:g}: a share is at most 1": settings.soft > 1,
         "--shard has no ranks to share between: start it with torchrun":
             settings.shard and not dist.is_initialized(),
         "--tensorboard: it is not installed (pip install tensorboard)":

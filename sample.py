@@ -497,23 +497,29 @@ def image_logprobs(
 
 
 def relaxed_codes(
-    logits: Tensor, codes: Tensor, tau: float, seeds: Sequence[int], weights: Tensor | None = None
+    logits: Tensor, codes: Tensor, tau: float, seeds: Sequence[int], soft: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Straight-through Gumbel-softmax of an image that has been sampled: exactly its one-hots [B, N, V] going
-    forward, softmax((logits + noise) / tau) going backward, the noise being what made these codes win.
+    """Gumbel-softmax of an image that has been sampled: going backward it is softmax((logits + noise) / tau)
+    [B, N, V], the noise being what made these codes win; going forward a share `soft` of that, and of the
+    codes' one-hots the rest. With 0 these alone: straight-through.
 
     Given the arg-max c, the largest perturbed logit m is logsumexp(logits) + Gumbel, and the others are
     Gumbels cut off at m (Maddison et al. 2014; Paulus et al. 2020, "Rao-Blackwellizing the straight-through
     Gumbel-softmax"). Over sampled codes the noise is plain Gumbel(0, 1) again. Each image's comes from its
     own seed. The backward pass goes through each code N `weights` [B, N] times, so that it has no bias where
-    only a random part of them is replayed.
+    only a random part of them is replayed; the others stay one-hot.
     """
     with torch.no_grad():
         noise = gumbel_given(widen(logits).detach(), codes, seeds)
-    soft = ((widen(logits) + noise) / tau).softmax(-1)
-    hard = F.one_hot(codes, logits.shape[-1]).to(soft.dtype)
-    bracket = soft - soft.detach()  # exactly zero
-    return hard + (bracket if weights is None else bracket * codes.shape[1] * weights[..., None])
+    relaxed = ((widen(logits) + noise) / tau).softmax(-1)
+    hard = F.one_hot(codes, logits.shape[-1]).to(relaxed.dtype)
+    shown = torch.lerp(hard, relaxed.detach(), soft)
+    bracket = relaxed - relaxed.detach()  # exactly zero
+    if weights is None:
+        return shown + bracket
+    weights = weights[..., None]
+    return shown.where(weights > 0, hard) + bracket * codes.shape[1] * weights
 
 
 def gumbel_given(logits: Tensor, codes: Tensor, seeds: Sequence[int]) -> Tensor:

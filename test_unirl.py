@@ -62,7 +62,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 import evaluate as evaluate_module
 from evaluate import Detection, evaluate, Gauge, load_detector, read_folder, summarize, verdict, World
 from experiments import race
-from experiments.gradients import compare
+from experiments.gradients import compare, estimates
 import grpo
 import model as model_module
 from model import (
@@ -1502,6 +1502,14 @@ def test_relaxed_image_is_the_sampled_image_bit_for_bit(tiny):
         assert torch.equal(tiny.to_pixels(relaxed), tiny.to_pixels(images.codes))
 
 
+def test_a_soft_image_lies_between_codes_and_softmax_where_codes_are_scored():
+    logits, codes = torch.randn(2, 3, 5, generator=seeded(0)), torch.tensor([[0, 4, 2], [1, 1, 3]])
+    hard, weights = F.one_hot(codes, 5).float(), torch.tensor([[0.5, 0.5, 0], [0, 1, 0]])
+    relaxed = ((logits + gumbel_given(logits, codes, range(2))) / 0.7).softmax(-1)
+    image = relaxed_codes(logits, codes, 0.7, range(2), 0.3, weights)
+    close(image, (0.7 * hard + 0.3 * relaxed).where(weights[..., None] > 0, hard), 1e-6)
+
+
 def test_bound_gradient_shortens_the_long_ones_and_keeps_their_direction():
     images = torch.ones(3, 2, 2, requires_grad=True)
     pulls = torch.tensor([[[3.0, 4.0], [0.0, 4.0]], [[0.3, 0.0], [0.6, 0.8]], [[0.0, 0.0], [0.0, 2.0]]])
@@ -1519,7 +1527,8 @@ TINIEST = {"janus": dict(image_size=8, patch_size=2, channels=(1, 2), codes=7, l
 @pytest.mark.parametrize("logprob", ["guided", "detached", "conditional"])
 def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatch):
     """In float64, along a random direction: the straight-through gradient is the derivative of the answer's
-    loss about the image `hard + N weights (soft(model) - soft(here))`, written out here, the noise held."""
+    loss about the image `(hard + soft(here)) / 2 + N weights (soft(model) - soft(here))`, written out here,
+    the noise held."""
     model, bounds = small_model(kind, **TINIEST[kind]), []
     images = random_images(model.double(), ["a red ring", "a"])
     images.weights = torch.rand(images.codes.shape, generator=seeded(0))
@@ -1538,7 +1547,7 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
 
     def moved():
         soft = ((logits_now() + noise) / 0.7).softmax(-1)
-        image = hard + model.num_image_tokens * images.weights[..., None] * (soft - here)
+        image = (hard + here) / 2 + model.num_image_tokens * images.weights[..., None] * (soft - here)
         return sft.answer_loss(model, rollout, model.image_features(image)).sum().item()
 
     uncond = image_logits(model, images, -model.conditional_weight(0), 1.0).detach()
@@ -1554,6 +1563,19 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
         values.append(moved())
     slope = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions)).item()
     assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4) and slope != 0
+
+
+def test_end_to_end_raises_the_log_probability_of_its_answers_in_proportion_to_their_advantage(monkeypatch):
+    """Whatever it was when they were drawn, about the picture and not the one the judge is shown."""
+    answers, A = Answers([], None, torch.rand(2, 3), torch.tensor([[0.5, 0.5, 0], [1, 0, 0]])), [2.0, -1.0]
+    rollout = grpo.Rollout([], [], random_images(small_model("janus"), ["a", "b"]), None, [], answers)
+    zeros, logprobs = torch.zeros(rollout.images.codes.shape), torch.rand(2, 3, requires_grad=True)
+    rollout = replace(rollout, images=replace(rollout.images, logprobs=zeros), reference_images=zeros)
+    monkeypatch.setattr(grpo, "straight_through", lambda *_: (zeros, zeros, None))
+    monkeypatch.setattr(grpo, "answer_logprobs", lambda *_: logprobs)
+    settings = objective_settings(mode="end-to-end", answer_weight=0.7)
+    grpo.objective(None, None, rollout, torch.tensor(A), settings)[0].backward()
+    close(logprobs.grad, -0.7 * answers.weights * torch.tensor(A)[:, None], 1e-6)
 
 
 @pytest.mark.parametrize("judge", ["policy", "frozen"])
@@ -2868,6 +2890,8 @@ def test_a_search_of_the_race_goes_on_until_its_best_rate_is_inside(best, tried)
     rates = sorted(job.rate for job in runs if not job.other)
     assert min(rates) < best < max(rates) and len(rates) == tried and len(runs) == len(set(runs)) == tried + 2
     assert jobs == [race.Job("tiny", "grpo", best, "--prompts 4 --group 24")] and best in rates
+    falling = {race.Job("tiny", "grpo", 5e-5 * 2**k): -k for k in range(-2, 5)}  # no rate is low enough
+    assert [job.rate for job in race.search("tiny", "grpo", falling)[-2:]] == [1.25e-5, 1.25e-5]
     seeds = race.missing("tiny", "grpo", scores)
     assert [job.seed for job in seeds] == [1, 2, 3, 4, 5] and {job[:4] for job in seeds} == {jobs[0][:4]}
 
@@ -2882,6 +2906,21 @@ def test_compared_gradients_have_the_cosine_they_were_made_with(cosine):
     for (value, error), expected in ((said["mean"], cosine), (said["batch"], 10 * cosine / length)):
         assert 0 < error < 0.02 and abs(value - expected) < 4 * error
     assert compare(noise[0, :3] - noise[0, :3].mean(0), noise[1, :3])["mean"] is None
+
+
+def test_the_gradient_that_is_measured_is_the_one_that_trains():
+    policy, rng, seeds = small_model("show-o"), np.random.default_rng(0), range(6)
+    judge, tasks = copy.deepcopy(policy).requires_grad_(False), [draw_task(shapes.VOCABULARY, rng)] * 6
+    _, measured, other, *_ = estimates(policy, judge, tasks, seeds, rng).values()
+    images = sample_images(policy, [task.prompt for task in tasks], seeds, policy.guidance, compiled=False)
+    rollout = grpo.Rollout(tasks, seeds, images, None, [task.question for task in tasks], None)
+    features = grpo.straight_through(policy, judge, rollout, objective_settings(guidance=policy.guidance))[2]
+    weights = list(policy.language_model.parameters())
+    losses = sft.answer_loss(judge, rollout, features).sum(), measured(), other()
+    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
+    trained, measured, other = (torch.cat([part.flatten() for part in parts]) for parts in gradients)
+    close(measured, trained, 1e-4 * trained.abs().max())
+    assert F.cosine_similarity(other, trained, dim=0) < 0.999
 
 
 # ------------------------------------------------------------------------------------------------------------

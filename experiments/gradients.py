@@ -1,12 +1,13 @@
 """Does the gradient through the image point where the loss falls? Ways to estimate it, against REINFORCE.
 
-    python -m experiments.gradients                          # the tiny Janus, ten minutes
-    python -m experiments.gradients --model tiny-show-o      # twenty
+    python -m experiments.gradients --batches 36         # the tiny Janus: an hour on a core, two minutes on a GPU
+    python -m experiments.gradients --model tiny-show-o  # half an hour, or two minutes
 
 The loss is the starting model's cross-entropy of the known answer about a picture it draws, of two prompts of
 every category. REINFORCE, with the mean of a prompt's other pictures as baseline, estimates its gradient for
 the weights without bias. Every other estimator is one of end-to-end's: the judge's gradient at the picture,
-sent back into the logits. Batch after batch draws the same prompts anew; per estimator g, REINFORCE's being
+sent back into the logits. The first is what grpo.py and sft.py do; each other changes what it is called by.
+Batch after batch draws the same prompts anew; per estimator g, REINFORCE's being
 r:
 
     mean    cosine of E g with E r: what many pictures would agree on, and its jackknife standard error
@@ -19,6 +20,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +30,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import versions, world_of
+from grpo import CODE_CLIP, Settings
 from model import UnifiedModel, load
 from reward import TAGS, Task, draw_task, task_key
 from sample import (
-    ShortHelp, answer_logprobs, encode_answers, gumbel_given, image_logits, positive, relaxed_codes,
-    run, sample_images, write_whole,
+    ShortHelp, answer_logprobs, encode_answers, image_logits, pick_device, positive, relaxed_codes, run,
+    sample_images, write_whole,
 )
 
 GROUP = 6  # pictures of each prompt in a batch
-NOISES = 8
+NOISES, SOFT = 8, Settings.soft
 PLACES = 4  # of each picture, where the exact gradient is enumerated
 LIKELY = 8  # codes at each place
 PIXELS = 0.2  # standard deviation of the noise before SigLIP
@@ -56,11 +59,12 @@ def pull(judge: UnifiedModel, tasks: list[Task], image: Tensor, loss: int = 0, n
     features = image
     if noise:
         pixels = judge.to_pixels(image)
-        features = pixels + noise * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+        numbers = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+        features = pixels + noise * numbers.to(pixels)
     return torch.autograd.grad(losses(judge, tasks, judge.image_features(features))[loss].sum(), image)[0]
 
 
-def cut(pulls: Tensor, norm: float, dims: tuple[int, ...] = (-1,)) -> Tensor:
+def cut(pulls: Tensor, norm: float = CODE_CLIP, dims: tuple[int, ...] = (-1,)) -> Tensor:
     """The gradient, not longer than a norm in each code, or with `dims` (1, 2) in each picture."""
     return pulls * (norm / pulls.norm(dim=dims, keepdim=True).clamp(min=norm))
 
@@ -84,21 +88,22 @@ def enumerated(
     logprobs = logits.log_softmax(-1)
     p = logprobs.detach().exp()
     entropy = -(p * logprobs.detach()).nan_to_num().sum(-1) + 1e-3  # [B, N]
+    likely = p.topk(min(LIKELY, p.shape[-1])).indices.cpu()
     rows, weights = [], []
-    for picture, row in enumerate(entropy.double().numpy()):
+    for picture, row in enumerate(entropy.double().cpu().numpy()):
         chances = row / row.sum()
         for place in rng.choice(len(row), PLACES, p=chances):
-            for code in p[picture, place].topk(min(LIKELY, p.shape[-1])).indices.tolist():
+            for code in likely[picture, place].tolist():
                 rows.append((picture, place, code))
                 weights.append(1 / (PLACES * chances[place]))
-    picture, place, code = torch.tensor(np.array(rows)).T
-    codes = codes[picture]
-    codes[torch.arange(len(rows)), place] = code
+    picture, place, code = torch.tensor(np.array(rows), device=codes.device).T
+    codes, every = codes[picture], torch.arange(len(rows), device=codes.device)
+    codes[every, place] = code
     with torch.no_grad():
         values = [losses(judge, [tasks[i] for i in part.tolist()], judge.image_features(codes[at]))[0]
-                  for part, at in zip(picture.split(192), torch.arange(len(rows)).split(192))]
+                  for part, at in zip(picture.split(192), every.split(192))]
     change = torch.cat(values) - before[picture]
-    return (torch.tensor(weights) * change * logprobs[picture, place, code].exp()).sum().float()
+    return (torch.tensor(weights).to(change) * change * logprobs[picture, place, code].exp()).sum()
 
 
 def estimates(
@@ -108,39 +113,43 @@ def estimates(
     images = sample_images(policy, [task.prompt for task in tasks], seeds, policy.guidance, compiled=False)
     logits = image_logits(policy, images, policy.guidance, 1.0)  # [B, N, V]
     codes = images.codes
-    hard = F.one_hot(codes, logits.shape[-1]).to(logits.dtype)
     with torch.no_grad():
         loss = losses(judge, tasks, judge.image_features(codes))[0]
     groups = loss.view(-1, GROUP)
     advantage = (groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
     drawn = logits.log_softmax(-1).gather(-1, codes[..., None]).sum((1, 2))
-    relaxed = lambda tau, seeds=seeds: relaxed_codes(logits, codes, tau, seeds)
-    plain, by_chance = pull(judge, tasks, hard), pull(judge, tasks, hard, loss=1)
-    soft = (logits + gumbel_given(logits, codes, seeds)).softmax(-1)
-    between, default = pull(judge, tasks, (hard + soft) / 2), cut(plain, 0.1)
+    relaxed = lambda tau=1.0, soft=SOFT, seeds=seeds: relaxed_codes(logits, codes, tau, seeds, soft)
+    # The judge's gradients at what it is shown.
+    seen = {soft: pull(judge, tasks, relaxed(soft=soft)) for soft in (0, 0.25, SOFT, 0.75, 1)}
+    seen |= {f"tau {tau}": pull(judge, tasks, relaxed(tau)) for tau in (0.5, 2)}
+    half, p = seen[SOFT], logits.softmax(-1)
+    by_chance, mean = pull(judge, tasks, relaxed(), loss=1), pull(judge, tasks, p)
+
+    def back(pulls: Tensor, tau: float = 1.0) -> Tensor:
+        return (relaxed(tau) * pulls).sum()
 
     def many() -> Tensor:
         others = [[seed + 10**6 * k for seed in seeds] for k in range(1, NOISES + 1)]
-        return (sum(relaxed(1.0, other) for other in others) / NOISES * default).sum()
+        return sum((relaxed(seeds=other) * cut(half)).sum() for other in others) / NOISES
 
     ways = {
         "REINFORCE": lambda: (advantage.flatten() * drawn).sum(),
-        "cut to 0.1 in each code, tau 1": lambda: (relaxed(1.0) * default).sum(),
-        "cut to 0.03": lambda: (relaxed(1.0) * cut(plain, 0.03)).sum(),
-        "cut to 0.3": lambda: (relaxed(1.0) * cut(plain, 0.3)).sum(),
-        "cut to 1 in each picture": lambda: (relaxed(1.0) * cut(plain, 1.0, (1, 2))).sum(),
-        "not cut": lambda: (relaxed(1.0) * plain).sum(),
-        "tau 0.5": lambda: (relaxed(0.5) * default).sum(),
-        "tau 2": lambda: (relaxed(2.0) * default).sum(),
+        f"Gumbel-softmax, soft {SOFT}, tau 1, cut to {CODE_CLIP} in each code": lambda: back(cut(half)),
+        **{f"soft {soft}": partial(lambda soft: back(cut(seen[soft])), soft) for soft in (0, 0.25, 0.75, 1)},
+        "soft 1, no noise: the mean of all codes": lambda: (p * cut(mean)).sum(),
+        **{f"cut to {norm}": partial(lambda norm: back(cut(half, norm)), norm) for norm in (0.03, 0.3)},
+        "cut to 1 in each picture": lambda: back(cut(half, 1.0, (1, 2))),
+        "not cut": lambda: back(half),
+        "soft 1, not cut": lambda: back(seen[1]),
+        "tau 0.5": lambda: back(cut(seen["tau 0.5"]), 0.5),
+        "tau 2": lambda: back(cut(seen["tau 2"]), 2),
         f"{NOISES} noises a picture (Gumbel-Rao)": many,
-        "no noise": lambda: (logits.softmax(-1) * default).sum(),
-        "ReinMax": lambda: (reinmax(logits, codes) * default).sum(),
-        "the judge sees half one-hot, half softmax": lambda: (relaxed(1.0) * cut(between, 0.1)).sum(),
-        "of minus the answer's probability, not cut": lambda: (relaxed(1.0) * by_chance).sum(),
+        "ReinMax": lambda: (reinmax(logits, codes) * cut(half)).sum(),
+        "of minus the answer's probability, not cut": lambda: back(by_chance),
     }
     if policy.draw_steps is None:
-        noisy = cut(pull(judge, tasks, hard, noise=PIXELS), 0.1)
-        ways[f"noise of {PIXELS} on the pixels"] = lambda: (relaxed(1.0) * noisy).sum()
+        noisy = cut(pull(judge, tasks, relaxed(), noise=PIXELS))
+        ways[f"noise of {PIXELS} on the pixels"] = lambda: back(noisy)
         exact = lambda: enumerated(judge, tasks, codes, logits, loss, rng)
         ways["exact for each code, all others fixed"] = exact
     return ways
@@ -150,7 +159,7 @@ def compare(gradients: Tensor, reference: Tensor) -> dict[str, list[float]]:
     """Of an estimator's and REINFORCE's gradients [K, D] of K batches: both cosines, each with its standard
     error; no number where E g is not told apart from 0."""
     pairs = (gradients, reference), (gradients, gradients), (reference, reference)
-    tables = [(a @ b.T).double().numpy() for a, b in pairs]  # [K, K]
+    tables = [(a @ b.T).double().cpu().numpy() for a, b in pairs]  # [K, K]
 
     def cosines(kept: np.ndarray) -> np.ndarray:
         gr, gg, rr = (table[np.ix_(kept, kept)] for table in tables)
@@ -173,7 +182,7 @@ def main() -> None:
     add("--model", default="tiny", help="tiny, tiny-show-o or a folder (default: tiny)")
     add("--batches", type=positive(int), default=12, help="(default: 12)")
     args = parser.parse_args()
-    policy, judge = load(args.model), load(args.model).requires_grad_(False)
+    policy, judge = load(args.model, pick_device()), load(args.model, pick_device()).requires_grad_(False)
     for part in ("vision_model", "vqmodel"):
         if hasattr(policy, part):
             getattr(policy, part).requires_grad_(False)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from evaluate import evaluate, versions, world_of
 from model import UserError, load, read_json
 from reward import TAGS
-from sample import ShortHelp, run, write_whole
+from sample import ShortHelp, pick_device, run, write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "figures" / "race.json"
@@ -66,9 +66,10 @@ class Cell(NamedTuple):
     settings_of: str = ""  # the cell whose chosen setting it has, instead of a search of its own
 
 
-BUFFER, TAU = ("--buffer 200", "--buffer 600"), ("--tau 0.5", "--tau 2")
+BUFFER, SOFT = ("--buffer 200", "--buffer 600"), ("--soft 0", "--soft 1")
 GRPO, SFT = f"--prompts {IMAGES // 12} --group 12", f"--prompts {IMAGES}"
 LOWER = tuple(rate / 2 for rate in RATES)
+LEAST = 1e-5  # what does best at a rate near this one does best unlearned
 SHOW_O = MODELS[1:]
 # Steps of pretraining, which make the better judges: runs/judges/tiny-800 is what
 # `python -m tiny.pretrain --clean 800 --steps 800 --out runs/judges/tiny-800` writes.
@@ -76,12 +77,14 @@ JUDGES = 800, 1200, 1600, 2000, 2800
 CELLS = {
     "grpo": Cell("grpo.py", GRPO),
     "sft": Cell("sft.py", SFT, BUFFER),
-    "grpo end-to-end": Cell("grpo.py", f"{GRPO} --mode end-to-end", TAU, LOWER),
-    "sft end-to-end": Cell("sft.py", f"{SFT} --mode end-to-end", TAU, LOWER),
+    "grpo end-to-end": Cell("grpo.py", f"{GRPO} --mode end-to-end", SOFT, LOWER),
+    "sft end-to-end": Cell("sft.py", f"{SFT} --mode end-to-end", SOFT, LOWER),
     "oracle": Cell("grpo.py", f"{GRPO} --reward oracle", tier=1),
     "replay 1": Cell("grpo.py", f"{GRPO} --replay-steps 1", tier=2, models=SHOW_O),
     "replay all": Cell("grpo.py", f"{GRPO} --replay-steps 0", tier=2, models=SHOW_O),
     "remask": Cell("grpo.py", f"{GRPO} --estimator remask --logprob conditional", tier=2, models=SHOW_O),
+    "sft remask": Cell("sft.py", f"{SFT} --estimator remask --logprob conditional", BUFFER, tier=2,
+                       models=SHOW_O),
     **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/MODEL-{steps}", GRPO, tier=3, seeds=2,
                               settings_of="grpo") for steps in JUDGES},
 }
@@ -123,7 +126,7 @@ def search(model: str, name: str, scores: dict[Job, float]) -> list[Job]:
     if not all(job in scores for job in jobs):
         return jobs
     best = max(jobs, key=scores.get)
-    if best.rate in (rates[0], rates[-1]):
+    if best.rate == rates[-1] or best.rate == rates[0] and best.rate > 2 * LEAST:
         return [best._replace(rate=best.rate * (0.5 if best.rate == rates[0] else 2))]
     jobs += [best._replace(other=other) for other in cell.others]
     if not all(job in scores for job in jobs):
@@ -142,12 +145,13 @@ def missing(model: str, name: str, scores: dict[Job, float]) -> list[Job]:
 
 
 def plan(models: list[str], names: list[str], scores: dict[Job, float]) -> list[Job]:
-    """All runs that can begin, the first ones first: starts, searches, then seed by seed, so that a stop
-    leaves as even a picture as there can be."""
+    """All runs that can begin, the first ones first: starts, searches, then seed by seed, three of everything
+    before the others, so that a stop leaves as even a picture as there can be."""
     jobs = [Job(model) for model in models if Job(model) not in scores]
     jobs += [job for name in names for model in models if model in CELLS[name].models
              for job in missing(model, name, scores)]
-    return sorted(jobs, key=lambda job: (job.cell != "" and CELLS[job.cell].tier, job.seed))
+    tier = lambda job: CELLS[job.cell].tier if job.cell else 0
+    return sorted(jobs, key=lambda job: (job.seed > 3, tier(job), job.seed))
 
 
 # ---- a run and its scores ----------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ def measured(model, part: str, guidance: float, images_per_prompt: int) -> dict[
 def score_model(job: Job, folder: str) -> dict:
     """The scores of a checkpoint: at its own guidance on validation prompts after a search; else of all
     guidances there, and on test prompts at its own and the best one."""
-    model = load(folder)
+    model = load(folder, pick_device())
     if job.cell and not job.seed:
         return {"validation": {f"{model.guidance:g}": measured(model, "validation", model.guidance, 6)}}
     scan = {f"{w:g}": measured(model, "validation", w, 4) for w in GUIDANCES[job.model]}
