@@ -198,7 +198,7 @@ PRESETS = presets(
     tiny_end={"steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"},
     real_end={"answer_weight": 1.0, "judge": "frozen"},
     show_o={"steps": 40, "prompts": 16, "micro_batch": 96, "eval_every": 10},
-    show_o_end={"steps": 15, "prompts": 8, "micro_batch": 96, "eval_every": 5},
+    show_o_end={"steps": 32, "prompts": 8, "micro_batch": 96, "lr": 5e-5, "eval_every": 8},
 )
 CLIP = 0.2  # of the ratio
 CODE_CLIP = 0.1  # of the norm of the end-to-end gradient in each code

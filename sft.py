@@ -65,7 +65,7 @@ PRESETS = presets(
     TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
     real_end={"answer_weight": 0.0, "judge": "frozen"},
     show_o={"steps": 25, "prompts": 192, "micro_batch": 96, "eval_every": 10},
-    show_o_end={"steps": 15, "prompts": 96, "micro_batch": 96, "eval_every": 5},
+    show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
 )
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 

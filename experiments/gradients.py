@@ -1,7 +1,7 @@
 """Does the gradient through the image point where the loss falls? Ways to estimate it, against REINFORCE.
 
-    python -m experiments.gradients --batches 36         # the tiny Janus: an hour on a core, two minutes on a GPU
-    python -m experiments.gradients --model tiny-show-o  # half an hour, or two minutes
+    python -m experiments.gradients --batches 48         # the tiny Janus: an hour, on a GPU two minutes
+    python -m experiments.gradients --model tiny-show-o --batches 24   # the same, half
 
 The loss is the starting model's cross-entropy of the known answer about a picture it draws, of two prompts of
 every category. REINFORCE, with the mean of a prompt's other pictures as baseline, estimates its gradient for

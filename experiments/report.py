@@ -92,7 +92,7 @@ def changes(results: list[dict], model: str, cell: str, key: str, when: str = "g
 
 
 def race_table(results: list[dict], cells: dict[str, tuple[str, str]]) -> list[str]:
-    """What the cells changed, of both models."""
+    """What the cells changed, of both models. Seconds on a GPU, which several runs shared, are marked."""
     lines = header("", "seeds", "detector, best against best", "detector, as trained", *COLUMNS.values(),
                    "seconds")
     for model in MODELS:
@@ -107,7 +107,8 @@ def race_table(results: list[dict], cells: dict[str, tuple[str, str]]) -> list[s
                 parts = [changes(results, model, cell, "detector", "best")]
                 parts += [changes(results, model, cell, key) for key in ("detector", *COLUMNS)]
                 seconds = np.mean([result["seconds"] for result in runs])
-                lines.append(row(cells[cell][0], len(runs), *map(signed, parts), f"{seconds:.0f}"))
+                shared = " (GPU)" if "," in runs[0]["versions"]["machine"] else ""
+                lines.append(row(cells[cell][0], len(runs), *map(signed, parts), f"{seconds:.0f}{shared}"))
     return lines
 
 
@@ -159,10 +160,11 @@ def write_tables(results: list[dict], path: Path) -> None:
     lines = ["# The race on the tiny models", "",
              "Written by report.py: changes of scores on test prompts, mean over seeds ± half a 95 % "
              "confidence interval (Student's t). The start's own score, of 2,880 pictures, has a standard "
-             "error of up to 0.01 beside it. Seconds are of the training steps, on one core.", "",
+             "error of up to 0.01 beside it. Seconds are of the training steps, on one core or a shared GPU.",
+             "",
              *race_table(results, METHODS), ""]
     table = race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS)
-    if len(table) > 2:
+    if len(table) > 4:  # more than the start and one cell
         lines += ["## What scores a Show-o's trajectory", "", *table, ""]
     for model in MODELS:
         tables = {
@@ -174,7 +176,9 @@ def write_tables(results: list[dict], path: Path) -> None:
         for title, table in tables.items():
             lines += [title, "", *table, ""]
     versions = {", ".join(f"{key} {value}" for key, value in r["versions"].items()): None for r in results}
-    write_whole(path, "\n".join([*lines, f"Made with {'; '.join(versions)}; a run had one core.", ""]))
+    lines += [f"Made with {'; '.join(versions)}. A run had one core; where a GPU is named it shared that, and "
+              "trained in bfloat16.", ""]
+    write_whole(path, "\n".join(lines))
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -192,14 +196,13 @@ def figures(results: list[dict], folder: Path) -> None:
         "race": [(model, METHODS, False) for model in MODELS],
         "estimators": [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)],
     }.items():
-        panels = [panel for panel in panels if any(races(results, panel[0], cell) for cell in panel[1])]
+        panels = [panel for panel in panels if sum(bool(races(results, panel[0], c)) for c in panel[1]) > 1]
         if not panels:  # not yet
             continue
         figure, (axes,) = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
         for axis, panel in zip(axes, panels):
             draw_cells(axis, results, *panel)
         axes[0].set(ylabel="detector, validation prompts")
-        axes[0].legend(frameon=False, fontsize=7)
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         pyplot.close(figure)
@@ -227,7 +230,8 @@ def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool
         if runs := races(results, model, cell):
             a_step = np.mean([result["seconds"] / len(result["reward"]) for result in runs])
             draw_course(axis, runs, label, color, start, a_step if seconds else IMAGES)
-    axis.set(xlabel="seconds of training on one core" if seconds else "images drawn", title=TITLES[model])
+    axis.legend(frameon=False, fontsize=7)
+    axis.set(xlabel="seconds of training" if seconds else "images drawn", title=TITLES[model])
 
 
 def draw_pair(names: Sequence[str], path: Path, each: int = 4) -> None:
