@@ -44,7 +44,8 @@ metrics.jsonl, all means over the step's trajectories unless said:
     reward, reward_<tag>   self-reward in [0, 1], over all and over one category's trajectories
     zero_spread            share of groups whose rewards are all equal (they give no gradient)
     loss                   the objective, over all ranks
-    kl_image, kl_answer    k3 estimate of KL(policy || reference) a token: exp(r - p) - (r - p) - 1
+    kl_image, kl_answer    k3 estimate of KL(policy || reference) a token: exp(r - p) - (r - p) - 1; of
+                           answers only where they are actions that learn
     ratio, clipped         exp(p - sampler's log-prob) of image tokens; share of them outside 1 +- CLIP
     rollout_difference     |log-prob of the training pass - of the sampler| a code
     entropy_image          of the policy's distribution of a code, nats
@@ -143,8 +144,13 @@ class Settings:
     temperature: float = flag(positive(float), "of image tokens", 1.0)
     draw_steps: int | None = flag(positive(int), "of mask-predict, Show-o's (default: the checkpoint's)")
     # learning
-    logprob: str = flag(["guided", "detached", "conditional"], "whose log-prob image tokens have", "guided")
-    estimator: str | None = flag(["replay", "remask"], "steps replayed, or masked anew (default: replay)")
+    logprob: str = flag(
+        ["guided", "detached", "conditional"], "whose log-prob image tokens have (default: guided, with "
+        "--estimator remask conditional)",
+    )
+    estimator: str | None = flag(
+        ["replay", "remask"], "steps replayed, or masked anew (default: replay, two-stage sft.py remask)"
+    )
     replay_steps: int | None = flag(non_negative(int), "random steps replayed, 0: all (default: 3)")
     lr: float = flag(positive(float), "at its highest; falls to 0 over --steps; with --lora ten times")
     beta: float = flag(non_negative(float), "of the KL to the reference")
@@ -189,8 +195,8 @@ def presets(tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict
 
 
 PRESETS = presets(
-    tiny={"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
-          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
+    tiny={"steps": 44, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
+          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 22, "eval_images": 4,
           "recompute": False},
     real={"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5,
           "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
@@ -492,11 +498,14 @@ def recommend(settings: Settings, preset: dict, model: UnifiedModel) -> None:
     }.items():
         if so:
             raise UserError(message)
-    if steps and settings.estimator != "remask" and settings.replay_steps is None:
+    if steps and not settings.estimator:
+        settings.estimator = preset.get("estimator", "replay") if settings.replay_steps is None else "replay"
+    if settings.estimator == "replay" and settings.replay_steps is None:
         settings.replay_steps = min(REPLAY_STEPS, steps)
     if settings.lora and not settings.lr:
         settings.lr = LORA_LR * preset["lr"]
-    for name, value in {"guidance": model.guidance, **preset}.items():
+    logprob = "conditional" if settings.estimator == "remask" else "guided"
+    for name, value in {"guidance": model.guidance, "logprob": logprob, **preset}.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     model.guidance = settings.guidance  # so that checkpoints draw as they were trained to

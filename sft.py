@@ -22,7 +22,10 @@ conditioned on the sample, a frozen judge, replayed steps):
 2. To raise the conditional branch's likelihood alone would apply guidance on top of what guidance already
    did, round after round; so it is the guided distribution's that is raised, and a tenth of the prompts is
    guidance's empty one.
-3. The detector of `evaluate.py` only measures. It selects no picture.
+3. Of a Show-o's replayed pictures codes are masked anew at random and scored given the others, as in its
+   pretraining (--estimator remask). To raise the probability of what each step was surest of makes a model
+   surer, right or wrong: that harmed the tiny one at every rate.
+4. The detector of `evaluate.py` only measures. It selects no picture.
 
 Files in --out, and the run: as of grpo.py. Keys of a line of metrics.jsonl that differ from grpo.py's:
 
@@ -64,9 +67,11 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 
 PRESETS = presets(
     TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
     real_end={"answer_weight": 0.0, "judge": "frozen"},
-    show_o={"steps": 25, "prompts": 192, "micro_batch": 96, "eval_every": 10},
+    show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 5e-5, "eval_every": 8,
+            "estimator": "remask"},
     show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
 )
+PRESETS["geneval", "ShowO", "two-stage"] = REAL | {"estimator": "remask"}
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1419,7 +1419,8 @@ def test_logprobs_in_pieces_are_those_of_whole_logits(kind, mode, monkeypatch):
 
 def objective_settings(**changes) -> grpo.GRPOSettings:
     """Of one trajectory, whose tokens' advantage alone counts."""
-    plain = dict(guidance=1.0, beta=0.0, answer_weight=0.0, judge="policy", prompts=1, group=1, freeze=[])
+    plain = dict(guidance=1.0, beta=0.0, answer_weight=0.0, judge="policy", prompts=1, group=1, freeze=[],
+                 logprob="guided")
     return grpo.GRPOSettings(**{**plain, **changes})
 
 
@@ -1618,6 +1619,22 @@ def one_step(model: UnifiedModel, mode: str, **changes):
     kept = [sft.Kept(task.prompt, *row) for task, *row in zip(rollout.tasks, images.codes, steps)]
     learned = grpo.objective(model, model, rollout, advantages, settings)
     return rollout, learned, sft.objective(model, model, model, rollout, kept, empty, settings)
+
+
+@pytest.mark.parametrize("script, mode, given, estimator, logprob", [
+    (sft, "two-stage", {}, "remask", "conditional"),
+    (sft, "two-stage", {"replay_steps": 2}, "replay", "guided"),
+    (sft, "two-stage", {"estimator": "replay"}, "replay", "guided"),
+    (sft, "end-to-end", {}, "replay", "guided"),
+    (grpo, "two-stage", {}, "replay", "guided"),
+    (grpo, "two-stage", {"logprob": "detached"}, "replay", "detached"),
+])
+def test_what_scores_a_show_os_trajectory_by_default(script, mode, given, estimator, logprob):
+    for world in ("shapes", "geneval"):
+        settings = grpo.Settings(mode=mode, **given)
+        grpo.recommend(settings, script.PRESETS[world, "ShowO", mode], small_model("show-o"))
+        assert (settings.estimator, settings.logprob) == (estimator, logprob)
+        assert (settings.replay_steps is None) == (estimator == "remask")
 
 
 @pytest.mark.parametrize("mode", ["two-stage", "end-to-end"])

@@ -82,9 +82,8 @@ CELLS = {
     "oracle": Cell("grpo.py", f"{GRPO} --reward oracle", tier=1),
     "replay 1": Cell("grpo.py", f"{GRPO} --replay-steps 1", tier=2, models=SHOW_O),
     "replay all": Cell("grpo.py", f"{GRPO} --replay-steps 0", tier=2, models=SHOW_O),
-    "remask": Cell("grpo.py", f"{GRPO} --estimator remask --logprob conditional", tier=2, models=SHOW_O),
-    "sft remask": Cell("sft.py", f"{SFT} --estimator remask --logprob conditional", BUFFER, tier=2,
-                       models=SHOW_O),
+    "remask": Cell("grpo.py", f"{GRPO} --estimator remask", tier=2, models=SHOW_O),
+    "sft replay": Cell("sft.py", f"{SFT} --estimator replay", BUFFER, tier=2, models=SHOW_O),
     **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/MODEL-{steps}", GRPO, tier=3, seeds=2,
                               settings_of="grpo") for steps in JUDGES},
 }

@@ -1,7 +1,7 @@
 """Tables and figures of what race.py measured, from its results alone.
 
     python -m experiments.report                          # figures/race.json; figures need matplotlib
-    python -m experiments.report --pair tiny runs/grpo/step_000050   # front.png: what a run changed
+    python -m experiments.report --pair tiny runs/grpo/step_000044   # front.png: what a run changed
 
 Writes, beside the results,
 
@@ -176,8 +176,8 @@ def write_tables(results: list[dict], path: Path) -> None:
         for title, table in tables.items():
             lines += [title, "", *table, ""]
     versions = {", ".join(f"{key} {value}" for key, value in r["versions"].items()): None for r in results}
-    lines += [f"Made with {'; '.join(versions)}. A run had one core; where a GPU is named it shared that, and "
-              "trained in bfloat16.", ""]
+    lines += [f"Made with {'; '.join(versions)}. A run had one core; where a GPU is named it shared that, "
+              "and trained in bfloat16.", ""]
     write_whole(path, "\n".join(lines))
 
 
