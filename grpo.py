@@ -195,8 +195,8 @@ def presets(tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict
 
 
 PRESETS = presets(
-    tiny={"steps": 44, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
-          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 22, "eval_images": 4,
+    tiny={"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
+          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
           "recompute": False},
     real={"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5,
           "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,

@@ -67,7 +67,7 @@ REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 
 PRESETS = presets(
     TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
     real_end={"answer_weight": 0.0, "judge": "frozen"},
-    show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 5e-5, "eval_every": 8,
+    show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8,
             "estimator": "remask"},
     show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
 )

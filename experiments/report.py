@@ -1,7 +1,7 @@
 """Tables and figures of what race.py measured, from its results alone.
 
     python -m experiments.report                          # figures/race.json; figures need matplotlib
-    python -m experiments.report --pair tiny runs/grpo/step_000044   # front.png: what a run changed
+    python -m experiments.report --pair tiny runs/grpo/step_000050   # front.png: what a run changed
 
 Writes, beside the results,
 
