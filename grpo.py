@@ -316,8 +316,9 @@ def straight_through(
     images = rollout.images
     logits = image_logits(policy, images, settings.guidance, settings.temperature, settings.logprob)
     logprobs, entropy = score_logits(logits, images.codes)
-    how = settings.tau, rollout.seeds, settings.soft, images.weights
-    one_hots = relaxed_codes(logits, images.codes, *how)
+    one_hots = relaxed_codes(
+        logits, images.codes, settings.tau, rollout.seeds, settings.soft, images.weights
+    )
     one_hots = bound_gradient(one_hots, CODE_CLIP / (settings.prompts * settings.group))
     return logprobs * (images.weights > 0), entropy, judge.image_features(one_hots)
 

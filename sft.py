@@ -20,11 +20,11 @@ conditioned on the sample, a frozen judge, replayed steps):
 
 1. A KL to the starting model on the image tokens of fresh pictures (--beta).
 2. To raise the conditional branch's likelihood alone would apply guidance on top of what guidance already
-   did, round after round; so it is the guided distribution's that is raised, and a tenth of the prompts is
-   guidance's empty one.
-3. Of a Show-o's replayed pictures codes are masked anew at random and scored given the others, as in its
-   pretraining (--estimator remask). To raise the probability of what each step was surest of makes a model
-   surer, right or wrong: that harmed the tiny one at every rate.
+   did, round after round; so it is the guided distribution's that is raised (of a Janus), and a tenth of the
+   prompts is guidance's empty one.
+3. A Show-o's codes are masked anew at random, two-stage, and scored given the others and without guidance,
+   as in its pretraining (--estimator remask). To raise the guided probability of what each step was surest of
+   makes a model surer, right or wrong: that harmed the tiny one at every rate.
 4. The detector of `evaluate.py` only measures. It selects no picture.
 
 Files in --out, and the run: as of grpo.py. Keys of a line of metrics.jsonl that differ from grpo.py's:
