@@ -67,6 +67,7 @@ class Cell(NamedTuple):
 
 
 BUFFER, SOFT = ("--buffer 200", "--buffer 600"), ("--soft 0", "--soft 1")
+ANSWERS = "--answer-weight 0.1", "--answer-weight 1"
 GRPO, SFT = f"--prompts {IMAGES // 12} --group 12", f"--prompts {IMAGES}"
 LOWER = tuple(rate / 2 for rate in RATES)
 LEAST = 1e-5  # what does best at a rate near this one does best unlearned
@@ -77,6 +78,8 @@ JUDGES = 800, 1200, 1600, 2000, 2800
 CELLS = {
     "grpo": Cell("grpo.py", GRPO),
     "sft": Cell("sft.py", SFT, BUFFER),
+    "grpo answers": Cell("grpo.py", f"{GRPO} --answer-weight 0.3", ANSWERS),
+    "sft answers": Cell("sft.py", f"{SFT} --answer-weight 0.3", ANSWERS, tier=1),
     "grpo end-to-end": Cell("grpo.py", f"{GRPO} --mode end-to-end", SOFT, LOWER),
     "sft end-to-end": Cell("sft.py", f"{SFT} --mode end-to-end", SOFT, LOWER),
     "oracle": Cell("grpo.py", f"{GRPO} --reward oracle", tier=1),

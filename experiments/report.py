@@ -26,7 +26,8 @@ from sample import contact_sheet, run, write_whole
 FIGURES = Path(__file__).parent / "figures"
 TITLES = {"tiny": "tiny Janus", "tiny-show-o": "tiny Show-o"}
 METHODS = {
-    "grpo": ("GRPO two-stage", "#2b6cd9"), "sft": ("SFT two-stage", "#3a9d5d"),
+    "grpo": ("GRPO two-stage", "#2b6cd9"), "grpo answers": ("GRPO two-stage, answers too", "#16b8c4"),
+    "sft": ("SFT two-stage", "#3a9d5d"), "sft answers": ("SFT two-stage, answers too", "#9cc53b"),
     "grpo end-to-end": ("GRPO end-to-end", "#d9822b"), "sft end-to-end": ("SFT end-to-end", "#a04fb5"),
     "oracle": ("GRPO, oracle reward", "#777777"),
 }
