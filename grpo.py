@@ -179,9 +179,11 @@ class GRPOSettings(Settings):
     )
 
 
-def presets(tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict, show_o_end: dict) -> dict:
-    """The recommended settings by world, model and mode: two-stage, and with what is different end-to-end and
-    of a tiny Show-o."""
+def presets(
+    tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict, show_o_end: dict, real_show_o: dict
+) -> dict:
+    """The recommended settings by world, model and mode: two-stage, and with what is different end-to-end, of
+    a tiny Show-o, and of a real one two-stage."""
     table = {
         ("shapes", "Janus", "two-stage"): tiny,
         ("shapes", "Janus", "end-to-end"): tiny | tiny_end,
@@ -191,6 +193,7 @@ def presets(tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict
     for model in ("Janus", "ShowO"):
         table["geneval", model, "two-stage"] = real
         table["geneval", model, "end-to-end"] = real | real_end
+    table["geneval", "ShowO", "two-stage"] = real | real_show_o
     return table
 
 
@@ -204,7 +207,7 @@ PRESETS = presets(
     tiny_end={"steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"},
     real_end={"answer_weight": 1.0, "judge": "frozen"},
     show_o={"steps": 40, "prompts": 16, "micro_batch": 96, "eval_every": 10},
-    show_o_end={"steps": 32, "prompts": 8, "micro_batch": 96, "lr": 5e-5, "eval_every": 8},
+    show_o_end={"steps": 32, "prompts": 8, "micro_batch": 96, "lr": 5e-5, "eval_every": 8}, real_show_o={},
 )
 CLIP = 0.2  # of the ratio
 CODE_CLIP = 0.1  # of the norm of the end-to-end gradient in each code

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from grpo import Rollout, Run, Settings, flag, k3, presets, roll_out, split, straight_through
 from model import UnifiedModel
-from reward import score
+from reward import Task, score
 from sample import Images, answer_logprobs, choose_scored, encode_answers, image_logprobs, positive, run
 
 
@@ -70,18 +70,18 @@ PRESETS = presets(
     show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8,
             "estimator": "remask"},
     show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
+    real_show_o={"estimator": "remask"},
 )
-PRESETS["geneval", "ShowO", "two-stage"] = REAL | {"estimator": "remask"}
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 
 # ------------------------------------------------------------------------------------------------------------
 # The losses
 
 
-def answer_loss(model: UnifiedModel, rollout: Rollout, image_features: Tensor) -> Tensor:
+def answer_loss(model: UnifiedModel, tasks: Sequence[Task], image_features: Tensor) -> Tensor:
     """Cross-entropy [B] of the known answers about pictures, a mean over each answer's tokens."""
-    ids, mask = encode_answers(model, [task.answer for task in rollout.tasks])
-    logprobs = answer_logprobs(model, image_features, rollout.questions, ids)
+    ids, mask = encode_answers(model, [task.answer for task in tasks])
+    logprobs = answer_logprobs(model, image_features, [task.question for task in tasks], ids)
     return -(logprobs * mask).sum(1) / mask.sum(1)
 
 
@@ -120,7 +120,7 @@ def objective(
     scoring = images, settings.guidance, settings.temperature, settings.logprob
     if settings.mode == "end-to-end":
         logprobs, entropy, image_features = straight_through(policy, judge, rollout, settings)
-        loss = answer_loss(judge, rollout, image_features)  # [B]
+        loss = answer_loss(judge, rollout.tasks, image_features)  # [B]
     else:
         logprobs, entropy = image_logprobs(policy, *scoring)  # [B, N]
         loss = torch.zeros_like(logprobs[:, 0])
@@ -136,7 +136,7 @@ def objective(
     with torch.set_grad_enabled(settings.answer_weight > 0):
         frozen = "vision_model" in settings.freeze
         image_features = rollout.image_features if frozen else policy.image_features(images.codes)
-        answer = answer_loss(policy, rollout, image_features)
+        answer = answer_loss(policy, rollout.tasks, image_features)
     loss = (loss + settings.answer_weight * answer).sum() + settings.beta * sums["kl_image"]
     return loss, {"loss": loss, "loss_answer": answer.sum(), **sums}
 

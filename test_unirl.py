@@ -1534,10 +1534,12 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
     images = random_images(model.double(), ["a red ring", "a"])
     images.weights = torch.rand(images.codes.shape, generator=seeded(0))
     settings = objective_settings(guidance=3.0, tau=0.7, logprob=logprob, prompts=3, group=2)
-    tasks = [SimpleNamespace(answer=answer) for answer in ("a red ring", "one")]
-    rollout = grpo.Rollout(tasks, [3, 4], images, None, ["What is it?", "How many?"], None)
+    told = ("What is it?", "a red ring"), ("How many?", "one")
+    tasks = [SimpleNamespace(question=question, answer=answer) for question, answer in told]
+    rollout = grpo.Rollout(tasks, [3, 4], images, None, [], None)
     monkeypatch.setattr(grpo, "bound_gradient", lambda one_hots, norm: bounds.append(norm) or one_hots)
-    loss = sft.answer_loss(model, rollout, grpo.straight_through(model, model, rollout, settings)[2]).sum()
+    features = grpo.straight_through(model, model, rollout, settings)[2]
+    loss = sft.answer_loss(model, tasks, features).sum()
     assert bounds == [0.1 / 6]
 
     def logits_now():
@@ -1549,7 +1551,7 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
     def moved():
         soft = ((logits_now() + noise) / 0.7).softmax(-1)
         image = (hard + here) / 2 + model.num_image_tokens * images.weights[..., None] * (soft - here)
-        return sft.answer_loss(model, rollout, model.image_features(image)).sum().item()
+        return sft.answer_loss(model, tasks, model.image_features(image)).sum().item()
 
     uncond = image_logits(model, images, -model.conditional_weight(0), 1.0).detach()
     noise, hard = gumbel_given(logits_now(), images.codes, [3, 4]), F.one_hot(images.codes, model.num_codes)
@@ -1660,9 +1662,10 @@ def test_first_update_is_on_policy(kind, estimator, mode):
         sums["loss_answer"] = sums["loss_answer"] + alone.mean()
     assert sums["loss_answer"].item() == pytest.approx(0, abs=1e-4)
     words = ["a", "is", "the ring"]
-    short = replace(rollout, tasks=[SimpleNamespace(answer=word) for word in words])
+    pairs = zip(rollout.questions, words)
+    short = replace(rollout, tasks=[SimpleNamespace(question=asked, answer=word) for asked, word in pairs])
     lengths = encode_answers(model, words)[1].sum(1)
-    chances = (-lengths * sft.answer_loss(model, short, rollout.image_features)).exp().tolist()
+    chances = (-lengths * sft.answer_loss(model, short.tasks, rollout.image_features)).exp().tolist()
     run = SimpleNamespace(settings=grpo.GRPOSettings(reward="likelihood"), answerer=model)
     assert grpo.self_reward(run, short) == pytest.approx(chances, rel=1e-3, abs=1e-30)
     if mode == "two-stage":
@@ -2933,7 +2936,7 @@ def test_the_gradient_that_is_measured_is_the_one_that_trains():
     rollout = grpo.Rollout(tasks, seeds, images, None, [task.question for task in tasks], None)
     features = grpo.straight_through(policy, judge, rollout, objective_settings(guidance=policy.guidance))[2]
     weights = list(policy.language_model.parameters())
-    losses = sft.answer_loss(judge, rollout, features).sum(), measured(), other()
+    losses = sft.answer_loss(judge, rollout.tasks, features).sum(), measured(), other()
     gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
     trained, measured, other = (torch.cat([part.flatten() for part in parts]) for parts in gradients)
     close(measured, trained, 1e-4 * trained.abs().max())

@@ -33,9 +33,9 @@ from grpo import CODE_CLIP, Settings
 from model import UnifiedModel, load
 from reward import TAGS, Task, draw_task, task_key
 from sample import (
-    ShortHelp, answer_logprobs, encode_answers, image_logits, pick_device, positive, relaxed_codes, run,
-    sample_images, write_whole,
+    ShortHelp, image_logits, pick_device, positive, relaxed_codes, run, sample_images, write_whole,
 )
+from sft import answer_loss
 
 GROUP = 6  # pictures of each prompt in a batch
 NOISES, SOFT = 8, Settings.soft
@@ -45,22 +45,15 @@ PIXELS = 0.2  # standard deviation of the noise before SigLIP
 RESULTS = Path(__file__).parent / "figures"
 
 
-def losses(judge: UnifiedModel, tasks: list[Task], features: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [B] of the known answers, nats a token, and minus their probability [B]."""
-    ids, mask = encode_answers(judge, [task.answer for task in tasks])
-    logprobs = answer_logprobs(judge, features, [task.question for task in tasks], ids) * mask
-    return -logprobs.sum(1) / mask.sum(1), -logprobs.sum(1).exp()
-
-
-def pull(judge: UnifiedModel, tasks: list[Task], image: Tensor, loss: int = 0, noise: float = 0.0) -> Tensor:
-    """The gradient [B, N, V] of a loss of `losses` for one-hots or mixtures [B, N, V]."""
+def pull(judge: UnifiedModel, tasks: list[Task], image: Tensor, noise: float = 0.0) -> Tensor:
+    """The loss's gradient [B, N, V] at one-hots or mixtures [B, N, V]."""
     image = image.detach().requires_grad_()
     features = image
     if noise:
         pixels = judge.to_pixels(image)
         numbers = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
         features = pixels + noise * numbers.to(pixels)
-    return torch.autograd.grad(losses(judge, tasks, judge.image_features(features))[loss].sum(), image)[0]
+    return torch.autograd.grad(answer_loss(judge, tasks, judge.image_features(features)).sum(), image)[0]
 
 
 def cut(pulls: Tensor, norm: float = CODE_CLIP, dims: tuple[int, ...] = (-1,)) -> Tensor:
@@ -99,7 +92,7 @@ def enumerated(
     codes, every = codes[picture], torch.arange(len(rows), device=codes.device)
     codes[every, place] = code
     with torch.no_grad():
-        values = [losses(judge, [tasks[i] for i in part.tolist()], judge.image_features(codes[at]))[0]
+        values = [answer_loss(judge, [tasks[i] for i in part.tolist()], judge.image_features(codes[at]))
                   for part, at in zip(picture.split(192), every.split(192))]
     change = torch.cat(values) - before[picture]
     return (torch.tensor(weights).to(change) * change * logprobs[picture, place, code].exp()).sum()
@@ -113,7 +106,7 @@ def estimates(
     logits = image_logits(policy, images, policy.guidance, 1.0)  # [B, N, V]
     codes = images.codes
     with torch.no_grad():
-        loss = losses(judge, tasks, judge.image_features(codes))[0]
+        loss = answer_loss(judge, tasks, judge.image_features(codes))
     groups = loss.view(-1, GROUP)
     advantage = (groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
     drawn = logits.log_softmax(-1).gather(-1, codes[..., None]).sum((1, 2))
@@ -122,7 +115,7 @@ def estimates(
     seen = {soft: pull(judge, tasks, relaxed(soft=soft)) for soft in (0, 0.25, SOFT, 0.75, 1)}
     seen |= {f"tau {tau}": pull(judge, tasks, relaxed(tau)) for tau in (0.5, 2)}
     half, p = seen[SOFT], logits.softmax(-1)
-    by_chance, mean = pull(judge, tasks, relaxed(), loss=1), pull(judge, tasks, p)
+    mean = pull(judge, tasks, p)
 
     def back(pulls: Tensor, tau: float = 1.0) -> Tensor:
         return (relaxed(tau) * pulls).sum()
@@ -144,7 +137,6 @@ def estimates(
         "tau 2": lambda: back(cut(seen["tau 2"]), 2),
         f"{NOISES} noises a picture (Gumbel-Rao)": many,
         "ReinMax": lambda: (reinmax(logits, codes) * cut(half)).sum(),
-        "of minus the answer's probability, not cut": lambda: back(by_chance),
     }
     if policy.draw_steps is None:
         noisy = cut(pull(judge, tasks, relaxed(), noise=PIXELS))
