@@ -236,6 +236,9 @@ def perform(job: Job, runs: Path) -> dict | None:
     result["course"] = [[line["step"], *(round(line["held_out"][key], 4) for key in keys)]
                         for line in lines if "held_out" in line]
     result |= score_model(job, str(folder / f"step_{len(lines):06d}"))
+    if CELLS[job.cell].settings_of:  # who judged: how good is it?
+        judge = load(job.script()[1], pick_device())
+        result["judge"] = measured(judge, "test", judge.guidance, 6)["true"]
     for checkpoint in folder.glob("step_*"):  # 15 MB each, which nobody looks at
         shutil.rmtree(checkpoint)
     return result

@@ -8,6 +8,7 @@ Writes, beside the results,
     race.md             the tables: mean over seeds and half a 95 % confidence interval (Student's t)
     race.png            the detector's score of validation prompts on the way, against images
     estimators.png      the same of what scores a Show-o's trajectory, against images and seconds
+    judges.png          the gain by GRPO, against the share of true pictures that the judge understands
 """
 
 import argparse
@@ -35,6 +36,7 @@ ESTIMATORS = {
     "replay 1": ("one step replayed", "#d9822b"), "grpo": ("three steps", "#2b6cd9"),
     "replay all": ("all nine steps", "#3a9d5d"), "remask": ("masked anew", "#a04fb5"),
 }
+JUDGES = ("grpo", *(cell for cell in CELLS if CELLS[cell].settings_of))  # the policy itself, and others
 COLUMNS = {  # of the tables, beside the detector's score
     "own": "own pictures understood", "true": "true pictures understood", "disagree": "the two disagree",
     "diversity": "diversity",
@@ -156,6 +158,29 @@ def search_table(results: list[dict], model: str) -> list[str]:
     return lines
 
 
+def judged(results: list[dict], model: str, cells: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
+    """By cell that was run: the share of true test pictures that the judge understands, and the detector's
+    change with it, seed by seed."""
+    start, found = start_of(results, model), {}
+    for cell in cells:
+        if runs := races(results, model, cell):
+            share = np.mean([run.get("judge", start["test"][start["guidance"]]["true"]) for run in runs])
+            found[cell] = float(share), changes(results, model, cell, "detector", "best")
+    return found
+
+
+def judge_table(results: list[dict]) -> list[str]:
+    """How much is learned from judges that see less."""
+    lines = header("judge", "true pictures understood by it", "seeds", "detector, best against best")
+    for model in MODELS:
+        found = judged(results, model, JUDGES)
+        for cell, (share, gains) in found.items():
+            name = "itself" if cell == "grpo" else f"another, after {cell.removeprefix('judge ')} steps"
+            if len(found) > 1:
+                lines.append(row(f"{TITLES[model]}, {name}", f"{share:.3f}", len(gains), signed(gains)))
+    return lines
+
+
 def write_tables(results: list[dict], path: Path) -> None:
     """All tables."""
     lines = ["# The race on the tiny models", "",
@@ -167,6 +192,8 @@ def write_tables(results: list[dict], path: Path) -> None:
     table = race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS)
     if len(table) > 4:  # more than the start and one cell
         lines += ["## What scores a Show-o's trajectory", "", *table, ""]
+    if len(table := judge_table(results)) > 2:
+        lines += ["## How good must a judge be?", "", *table, ""]
     for model in MODELS:
         tables = {
             "By category, at the guidance of the training:": category_table(results, model),
@@ -193,20 +220,33 @@ def figures(results: list[dict], folder: Path) -> None:
     pyplot.switch_backend("Agg")
     pyplot.rcParams |= {"font.size": 8, "savefig.dpi": 110}
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-    for name, panels in {
-        "race": [(model, METHODS, False) for model in MODELS],
-        "estimators": [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)],
-    }.items():
+    score = "detector, validation prompts"
+    for name, label, draw, panels in (
+        ("race", score, draw_cells, [(model, METHODS, False) for model in MODELS]),
+        ("estimators", score, draw_cells, [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)]),
+        ("judges", "detector's gain, test prompts", draw_judges, [(model, JUDGES) for model in MODELS]),
+    ):
         panels = [panel for panel in panels if sum(bool(races(results, panel[0], c)) for c in panel[1]) > 1]
         if not panels:  # not yet
             continue
         figure, (axes,) = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
         for axis, panel in zip(axes, panels):
-            draw_cells(axis, results, *panel)
-        axes[0].set(ylabel="detector, validation prompts")
+            draw(axis, results, *panel)
+        axes[0].set(ylabel=label)
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         pyplot.close(figure)
+
+
+def draw_judges(axis, results: list[dict], model: str, cells: Sequence[str]) -> None:
+    """Each seed's gain against what its judge understands, and a line through their means."""
+    found = sorted(judged(results, model, cells).values())
+    color = METHODS["grpo"][1]
+    for share, gains in found:
+        axis.plot([share] * len(gains), gains, ".", color=color, alpha=0.5)
+    axis.plot([share for share, _ in found], [np.mean(gains) for _, gains in found], color=color)
+    axis.axhline(0, color="#999999", linewidth=0.8)
+    axis.set(xlabel="true pictures understood by the judge", title=TITLES[model])
 
 
 def draw_course(axis, runs: list[dict], label: str, color: str, start: float, per_step: float) -> None:
