@@ -251,10 +251,14 @@ class Rollout:
     seeds: list[int]
     images: Images
     image_features: Tensor  # of the images, as `model.image_features` gives them: by a Show-o their codes
-    questions: list[str]
     answers: Answers
     reference_images: Tensor | None = None  # [B, N] log-probs by the reference
     reference_answers: Tensor | None = None  # [B, A]
+
+    @property
+    def questions(self) -> list[str]:
+        """What is asked about each image."""
+        return [task.question for task in self.tasks]
 
 
 def objective(
@@ -342,7 +346,7 @@ def roll_out(run: "Run", tasks: list[Task], seeds: list[int], greedy: bool = Fal
     with torch.no_grad():
         features = run.answerer.image_features(images.codes)
     answers = sample_answers(run.answerer, features, questions, None if greedy else seeds)
-    return Rollout(tasks, seeds, images, features, questions, answers)
+    return Rollout(tasks, seeds, images, features, answers)
 
 
 def self_reward(run: "Run", rollout: Rollout) -> list[float]:

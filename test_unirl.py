@@ -1350,7 +1350,7 @@ def test_gradient_of_what_is_rewarded_equals_the_enumerated_one(toy):
     (policy, _), _, images, chances = toy
     rewards, settings, losses = torch.rand(16, generator=seeded(2)), objective_settings(guidance=2.0), []
     for part in (images, *(replay_only(images, torch.full((16, 1), step), 2) for step in (0, 1))):
-        rollout = grpo.Rollout([], [], part, None, [], None, part.logprobs)
+        rollout = grpo.Rollout([], [], part, None, None, part.logprobs)
         losses.append(grpo.objective(policy, policy, rollout, rewards, settings)[0])
     kept, empty = [sft.Kept("a", codes, ORDER) for codes in ALL_IMAGES], torch.zeros(16, dtype=torch.bool)
     expert = (sft.replay_loss(policy, kept, empty, range(16), settings) * chances.detach() * rewards).sum()
@@ -1368,7 +1368,7 @@ def test_kl_gradient_equals_the_enumerated_one(script, toy, monkeypatch):
     (policy, reference), (p, r), images, chances = toy
     true = 0.5 * (chances.detach() * (r.exp() * (r - p)).sum((1, 2))).sum() / 4
     settings, zeros = objective_settings(guidance=2.0, beta=0.5, freeze=["vision_model"]), torch.zeros(16)
-    rollout = grpo.Rollout([], [], images, None, [], None, r.gather(2, ALL_IMAGES[..., None])[..., 0])
+    rollout = grpo.Rollout([], [], images, None, None, r.gather(2, ALL_IMAGES[..., None])[..., 0])
     monkeypatch.setattr(sft, "answer_loss", lambda *_: zeros)
     if script is grpo:
         loss, _ = grpo.objective(policy, None, rollout, zeros, settings)
@@ -1446,7 +1446,7 @@ def test_objective_by_hand(monkeypatch):
     expected, A = Counter(), np.array([[1.5], [-0.5], [-1.0]])
     image, answer = torch.rand(4, 3, 6, generator=seeded(3), dtype=torch.double).split([4, 2], dim=2)
     images, answers = Images(None, image[1], None, None, image[3]), Answers([], None, answer[1], answer[3])
-    rollout = grpo.Rollout([], [], images, None, [], answers, image[2], answer[2])
+    rollout = grpo.Rollout([], [], images, None, answers, image[2], answer[2])
 
     def loss_of(*logprobs):
         monkeypatch.setattr(grpo, "trajectory_logprobs", lambda *_: (logprobs[0], image[0] + 1, logprobs[1]))
@@ -1536,7 +1536,7 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
     settings = objective_settings(guidance=3.0, tau=0.7, logprob=logprob, prompts=3, group=2)
     told = ("What is it?", "a red ring"), ("How many?", "one")
     tasks = [SimpleNamespace(question=question, answer=answer) for question, answer in told]
-    rollout = grpo.Rollout(tasks, [3, 4], images, None, [], None)
+    rollout = grpo.Rollout(tasks, [3, 4], images, None, None)
     monkeypatch.setattr(grpo, "bound_gradient", lambda one_hots, norm: bounds.append(norm) or one_hots)
     features = grpo.straight_through(model, model, rollout, settings)[2]
     loss = sft.answer_loss(model, tasks, features).sum()
@@ -1571,7 +1571,7 @@ def test_end_to_end_gradient_equals_finite_differences(logprob, kind, monkeypatc
 def test_end_to_end_raises_the_log_probability_of_its_answers_in_proportion_to_their_advantage(monkeypatch):
     """Whatever it was when they were drawn, about the picture and not the one the judge is shown."""
     answers, A = Answers([], None, torch.rand(2, 3), torch.tensor([[0.5, 0.5, 0], [1, 0, 0]])), [2.0, -1.0]
-    rollout = grpo.Rollout([], [], random_images(small_model("janus"), ["a", "b"]), None, [], answers)
+    rollout = grpo.Rollout([], [], random_images(small_model("janus"), ["a", "b"]), None, answers)
     zeros, logprobs = torch.zeros(rollout.images.codes.shape), torch.rand(2, 3, requires_grad=True)
     rollout = replace(rollout, images=replace(rollout.images, logprobs=zeros), reference_images=zeros)
     monkeypatch.setattr(grpo, "straight_through", lambda *_: (zeros, zeros, None))
@@ -2299,7 +2299,7 @@ def test_an_oracle_pays_what_the_detector_sees():
     for moved in (0, 1):
         codes = torch.arange(len(tasks)).roll(moved)[:, None]
         images = Images(codes, codes, codes, codes, codes)
-        rollout = grpo.Rollout(tasks, [], images, None, [], None)
+        rollout = grpo.Rollout(tasks, [], images, None, None)
         assert grpo.self_reward(run, rollout) == [1.0 - moved] * len(tasks)
 
 
@@ -2933,7 +2933,7 @@ def test_the_gradient_that_is_measured_is_the_one_that_trains():
     judge, tasks = copy.deepcopy(policy).requires_grad_(False), [draw_task(shapes.VOCABULARY, rng)] * 6
     _, measured, other, *_ = estimates(policy, judge, tasks, seeds, rng).values()
     images = sample_images(policy, [task.prompt for task in tasks], seeds, policy.guidance, compiled=False)
-    rollout = grpo.Rollout(tasks, seeds, images, None, [task.question for task in tasks], None)
+    rollout = grpo.Rollout(tasks, seeds, images, None, None)
     features = grpo.straight_through(policy, judge, rollout, objective_settings(guidance=policy.guidance))[2]
     weights = list(policy.language_model.parameters())
     losses = sft.answer_loss(judge, rollout.tasks, features).sum(), measured(), other()

@@ -174,10 +174,11 @@ def judge_table(results: list[dict]) -> list[str]:
     lines = header("judge", "true pictures understood by it", "seeds", "detector, best against best")
     for model in MODELS:
         found = judged(results, model, JUDGES)
+        if len(found) < 2:  # nothing to compare the policy itself with
+            continue
         for cell, (share, gains) in found.items():
             name = "itself" if cell == "grpo" else f"another, after {cell.removeprefix('judge ')} steps"
-            if len(found) > 1:
-                lines.append(row(f"{TITLES[model]}, {name}", f"{share:.3f}", len(gains), signed(gains)))
+            lines.append(row(f"{TITLES[model]}, {name}", f"{share:.3f}", len(gains), signed(gains)))
     return lines
 
 
