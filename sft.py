@@ -23,8 +23,9 @@ conditioned on the sample, a frozen judge, replayed steps):
    did, round after round; so it is the guided distribution's that is raised (of a Janus), and a tenth of the
    prompts is guidance's empty one.
 3. A Show-o's codes are masked anew at random, two-stage, and scored given the others and without guidance,
-   as in its pretraining (--estimator remask). To raise the guided probability of what each step was surest of
-   makes a model surer, right or wrong: that harmed the tiny one at every rate.
+   much as in its pretraining (--estimator remask). To raise the guided probability of what each step was
+   surest of makes a model surer, right or wrong: that harmed the tiny one at every rate. And many right
+   pictures are kept (--buffer): where soon all were by a model that learned from such, a run fell apart.
 4. The detector of `evaluate.py` only measures. It selects no picture.
 
 Files in --out, and the run: as of grpo.py. Keys of a line of metrics.jsonl that differ from grpo.py's:
@@ -57,20 +58,22 @@ class SFTSettings(Settings):
 
     out: str = flag(str, "output folder", "runs/sft")
     group: int = flag(positive(int), "images a prompt", 1)
-    buffer: int = flag(positive(int), "pictures in the replay buffer", 2000)
+    buffer: int = flag(positive(int), "pictures in the replay buffer")
 
 
 TINY = {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
-        "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4, "recompute": False}
+        "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4, "recompute": False,
+        "buffer": 2000}
 REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
-        "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4, "recompute": True}
+        "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4, "recompute": True,
+        "buffer": 2000}
 PRESETS = presets(
     TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
     real_end={"answer_weight": 0.0, "judge": "frozen"},
     show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8,
-            "estimator": "remask"},
+            "estimator": "remask", "buffer": 10_000},
     show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
-    real_show_o={"estimator": "remask"},
+    real_show_o={"estimator": "remask", "buffer": 10_000},
 )
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 

@@ -1633,7 +1633,7 @@ def one_step(model: UnifiedModel, mode: str, **changes):
 ])
 def test_what_scores_a_show_os_trajectory_by_default(script, mode, given, estimator, logprob):
     for world in ("shapes", "geneval"):
-        settings = grpo.Settings(mode=mode, **given)
+        settings = (sft.SFTSettings if script is sft else grpo.GRPOSettings)(mode=mode, **given)
         grpo.recommend(settings, script.PRESETS[world, "ShowO", mode], small_model("show-o"))
         assert (settings.estimator, settings.logprob) == (estimator, logprob)
         assert (settings.replay_steps is None) == (estimator == "remask")

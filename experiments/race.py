@@ -90,6 +90,8 @@ CELLS = {
     **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/MODEL-{steps}", GRPO, tier=3, seeds=2,
                               settings_of="grpo") for steps in JUDGES},
 }
+# Of the Show-o's SFT a short run cannot choose the buffer, which only longer ones fill.
+OTHERS = {("tiny-show-o", "sft"): ("--beta 0.1", "--beta 1")}
 
 
 class Job(NamedTuple):
@@ -130,7 +132,7 @@ def search(model: str, name: str, scores: dict[Job, float]) -> list[Job]:
     best = max(jobs, key=scores.get)
     if best.rate == rates[-1] or best.rate == rates[0] and best.rate > 2 * LEAST:
         return [best._replace(rate=best.rate * (0.5 if best.rate == rates[0] else 2))]
-    jobs += [best._replace(other=other) for other in cell.others]
+    jobs += [best._replace(other=other) for other in OTHERS.get((model, name), cell.others)]
     if not all(job in scores for job in jobs):
         return jobs
     return [max(jobs, key=scores.get)]
