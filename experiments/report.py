@@ -261,7 +261,8 @@ def draw_course(axis, runs: list[dict], label: str, color: str, start: float, pe
     mean, half = np.transpose([interval(place) for place in np.transpose(courses)])
     places = np.array(steps) * per_step
     axis.plot(places, mean, color=color, label=label, marker=".", markersize=4)
-    axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+    if len(runs) > 2:  # that of two would dwarf everything else
+        axis.fill_between(places, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
 def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool) -> None:
