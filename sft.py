@@ -58,7 +58,7 @@ class SFTSettings(Settings):
 
     out: str = flag(str, "output folder", "runs/sft")
     group: int = flag(positive(int), "images a prompt", 1)
-    buffer: int = flag(positive(int), "pictures in the replay buffer")
+    buffer: int = flag(positive(int), "pictures in the replay buffer; a Show-o's: 10000")
 
 
 TINY = {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
@@ -67,13 +67,13 @@ TINY = {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr"
 REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
         "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4, "recompute": True,
         "buffer": 2000}
+SHOW_O = {"estimator": "remask", "buffer": 10_000}  # two-stage
 PRESETS = presets(
     TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
     real_end={"answer_weight": 0.0, "judge": "frozen"},
-    show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8,
-            "estimator": "remask", "buffer": 10_000},
+    show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8, **SHOW_O},
     show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
-    real_show_o={"estimator": "remask", "buffer": 10_000},
+    real_show_o=SHOW_O,
 )
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 
