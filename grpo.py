@@ -179,36 +179,31 @@ class GRPOSettings(Settings):
     )
 
 
-def presets(
-    tiny: dict, real: dict, tiny_end: dict, real_end: dict, show_o: dict, show_o_end: dict, real_show_o: dict
-) -> dict:
-    """The recommended settings by world, model and mode: two-stage, and with what is different end-to-end, of
-    a tiny Show-o, and of a real one two-stage."""
-    table = {
-        ("shapes", "Janus", "two-stage"): tiny,
-        ("shapes", "Janus", "end-to-end"): tiny | tiny_end,
-        ("shapes", "ShowO", "two-stage"): tiny | show_o,
-        ("shapes", "ShowO", "end-to-end"): tiny | tiny_end | show_o_end,
-    }
-    for model in ("Janus", "ShowO"):
-        table["geneval", model, "two-stage"] = real
-        table["geneval", model, "end-to-end"] = real | real_end
-    table["geneval", "ShowO", "two-stage"] = real | real_show_o
-    return table
+# What is recommended: where all words of a line hold of world, model and mode; later lines go before earlier.
+PRESETS = {
+    "shapes": {"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
+               "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
+               "recompute": False},
+    "geneval": {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5,
+                "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
+                "recompute": True},
+    "end-to-end": {"answer_weight": 1.0, "judge": "frozen"},
+    "shapes end-to-end": {"steps": 40, "lr": 3e-5, "beta": 0.05},
+    "shapes ShowO": {"micro_batch": 96},
+    "shapes ShowO two-stage": {"steps": 40, "prompts": 16, "eval_every": 10},
+    "shapes ShowO end-to-end": {"steps": 32, "prompts": 8, "lr": 5e-5, "eval_every": 8},
+}
 
 
-PRESETS = presets(
-    tiny={"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
-          "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
-          "recompute": False},
-    real={"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5,
-          "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
-          "recompute": True},
-    tiny_end={"steps": 40, "prompts": 12, "lr": 3e-5, "beta": 0.05, "answer_weight": 1.0, "judge": "frozen"},
-    real_end={"answer_weight": 1.0, "judge": "frozen"},
-    show_o={"steps": 40, "prompts": 16, "micro_batch": 96, "eval_every": 10},
-    show_o_end={"steps": 32, "prompts": 8, "micro_batch": 96, "lr": 5e-5, "eval_every": 8}, real_show_o={},
-)
+def preset(presets: dict[str, dict], *words: str) -> dict:
+    """The recommended settings for a world, model and mode."""
+    chosen = {}
+    for conditions, values in presets.items():
+        if set(conditions.split()) <= set(words):
+            chosen |= values
+    return chosen
+
+
 CLIP = 0.2  # of the ratio
 CODE_CLIP = 0.1  # of the norm of the end-to-end gradient in each code
 WARMUP = 10  # steps in which the learning rate rises
@@ -447,7 +442,7 @@ def read_settings(script: str, kind: type, presets: dict) -> Settings:
         usage=f"torchrun {script} [flags]", formatter_class=ShortHelp, argument_default=argparse.SUPPRESS,
         description="what is left out takes the model's recommended value", allow_abbrev=False,
     )
-    tiny, real = presets["shapes", "Janus", "two-stage"], presets["geneval", "Janus", "two-stage"]
+    tiny, real = preset(presets, "shapes", "two-stage"), preset(presets, "geneval", "two-stage")
     for setting in fields(kind):
         values, text, more = (setting.metadata[key] for key in ("kind", "text", "more"))
         if setting.default not in (None, False):
@@ -792,7 +787,8 @@ class Run:
         self.rank, self.ranks, self.device = start_ranks()
         self.policy = load(settings.model, "meta" if settings.shard else self.device)
         self.world = evaluate.world_of(self.policy)
-        recommend(settings, presets[self.world.name, type(self.policy).__name__, settings.mode], self.policy)
+        words = self.world.name, type(self.policy).__name__, settings.mode
+        recommend(settings, preset(presets, *words), self.policy)
         for message in (message for message, so in refused(settings, self.world).items() if so):
             raise UserError(message)
         self.divide()

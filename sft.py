@@ -46,7 +46,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from grpo import Rollout, Run, Settings, flag, k3, presets, roll_out, split, straight_through
+from grpo import Rollout, Run, Settings, flag, k3, roll_out, split, straight_through
 from model import UnifiedModel
 from reward import Task, score
 from sample import Images, answer_logprobs, choose_scored, encode_answers, image_logprobs, positive, run
@@ -61,20 +61,19 @@ class SFTSettings(Settings):
     buffer: int = flag(positive(int), "pictures in the replay buffer; a Show-o's: 10000")
 
 
-TINY = {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
-        "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4, "recompute": False,
-        "buffer": 2000}
-REAL = {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
-        "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4, "recompute": True,
-        "buffer": 2000}
-SHOW_O = {"estimator": "remask", "buffer": 10_000}  # two-stage
-PRESETS = presets(
-    TINY, REAL, tiny_end={"steps": 40, "lr": 3e-5, "beta": 0.05, "judge": "frozen"},
-    real_end={"answer_weight": 0.0, "judge": "frozen"},
-    show_o={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8, **SHOW_O},
-    show_o_end={"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 4e-4, "eval_every": 8},
-    real_show_o=SHOW_O,
-)
+PRESETS = {  # as grpo.PRESETS
+    "shapes": {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
+               "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
+               "recompute": False, "buffer": 2000},
+    "geneval": {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
+                "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
+                "recompute": True, "buffer": 2000},
+    "end-to-end": {"answer_weight": 0.0, "judge": "frozen"},
+    "shapes end-to-end": {"steps": 40, "lr": 3e-5, "beta": 0.05},
+    "ShowO two-stage": {"estimator": "remask", "buffer": 10_000},
+    "shapes ShowO": {"steps": 32, "prompts": 96, "micro_batch": 96, "lr": 1e-4, "eval_every": 8},
+    "shapes ShowO end-to-end": {"lr": 4e-4},
+}
 CAPTION_DROPOUT = 0.1  # share of replayed pictures that teach the guidance's empty prompt
 
 # ------------------------------------------------------------------------------------------------------------
