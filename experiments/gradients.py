@@ -109,7 +109,8 @@ def estimates(
         loss = answer_loss(judge, tasks, judge.image_features(codes))
     groups = loss.view(-1, GROUP)
     advantage = (groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
-    drawn = logits.log_softmax(-1).gather(-1, codes[..., None]).sum((1, 2))
+    drawn = logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]  # [B, N]
+    reinforce = lambda of=1: (advantage.flatten() * (of * drawn).sum(1)).sum()
     relaxed = lambda tau=1.0, soft=SOFT, seeds=seeds: relaxed_codes(logits, codes, tau, seeds, soft)
     # The judge's gradients at what it is shown.
     seen = {soft: pull(judge, tasks, relaxed(soft=soft)) for soft in (0, 0.25, SOFT, 0.75, 1)}
@@ -125,7 +126,7 @@ def estimates(
         return sum((relaxed(seeds=other) * cut(half)).sum() for other in others) / NOISES
 
     ways = {
-        "REINFORCE": lambda: (advantage.flatten() * drawn).sum(),
+        "REINFORCE": reinforce,
         f"Gumbel-softmax, soft {SOFT}, tau 1, cut to {CODE_CLIP} in each code": lambda: back(cut(half)),
         **{f"soft {soft}": partial(lambda soft: back(cut(seen[soft])), soft) for soft in (0, 0.25, 0.75, 1)},
         "soft 1, no noise: the mean of all codes": lambda: (p * cut(mean)).sum(),
@@ -143,6 +144,10 @@ def estimates(
         ways[f"noise of {PIXELS} on the pixels"] = lambda: back(noisy)
         exact = lambda: enumerated(judge, tasks, codes, logits, loss, rng)
         ways["exact for each code, all others fixed"] = exact
+    else:
+        last = images.unmask_step == policy.draw_steps - 1
+        ways["REINFORCE, all steps but the last"] = partial(reinforce, ~last)
+        ways["REINFORCE, the last step alone"] = partial(reinforce, last)
     return ways
 
 
