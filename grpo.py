@@ -179,7 +179,7 @@ class GRPOSettings(Settings):
     )
 
 
-# What is recommended: where all words of a line hold of world, model and mode; later lines go before earlier.
+# What is recommended. A line holds where all its words do, of world, model and mode; a later one wins.
 PRESETS = {
     "shapes": {"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
                "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
