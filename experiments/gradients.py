@@ -5,9 +5,10 @@
 
 The loss is the starting model's cross-entropy of the known answer about a picture it draws, of two prompts of
 every category. REINFORCE, with the mean of a prompt's other pictures as baseline, estimates its gradient for
-the weights without bias. All others are end-to-end's: the judge's gradient at the picture, sent back into the
-logits; the first of them as the trainers do it, each other with what it is called by changed. Batch after
-batch draws the same prompts anew; per estimator g, REINFORCE's being r:
+the weights without bias; of a Show-o there are also its parts, the last step's codes and all others'. The
+rest is end-to-end's: the judge's gradient at the picture, sent back into the logits; the first of them as the
+trainers do it, each other with what it is called by changed. Batch after batch draws the same prompts anew;
+per estimator g, REINFORCE's being r:
 
     mean    cosine of E g with E r: what many pictures would agree on, and its jackknife standard error
     batch   expected cosine of one batch's g with E r: what one batch is worth
