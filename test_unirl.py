@@ -2782,6 +2782,13 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(done, pocket, tmp_pa
     assert contents(tmp_path / "step_000002") == contents(done("grpo end-to-end") / "step_000002")
 
 
+def test_a_second_signal_ends_a_run_at_once():
+    run = SimpleNamespace(signalled=time.monotonic() - 2)
+    with patch.object(os, "_exit") as leave:
+        grpo.Run.receive(run, signal.SIGINT, None)
+    leave.assert_called_once_with(128 + signal.SIGINT)
+
+
 # -- two ranks, and runs that are killed: processes forked from one that has imported everything
 
 CHILDREN = multiprocessing.get_context("forkserver")
