@@ -128,7 +128,7 @@ class Settings:
     no_compile: bool = flag(None, "never compile the sampler, as is done where a run is long", False)
     # watching
     eval_every: int = flag(non_negative(int), "steps between held-out scores; 0: none, nor before and after")
-    eval_images: int = flag(positive(int), "images a held-out prompt, before and after")
+    eval_images: int = flag(positive(int), "images a held-out prompt, before and after", 4)
     detector: str | None = flag(str, "judges held-out pictures of a real model", metavar="FOLDER")
     detector_clip: str = flag(str, "names colors for it", evaluate.CLIP, metavar="FOLDER")
     true_images: str | None = flag(str, "true pictures in GenEval's layout, to ask about", metavar="FOLDER")
@@ -182,11 +182,9 @@ class GRPOSettings(Settings):
 # What is recommended. A line holds where all its words do, of world, model and mode; a later one wins.
 PRESETS = {
     "shapes": {"steps": 50, "prompts": 12, "group": 12, "micro_batch": 144, "draw_batch": 144, "lr": 1.5e-4,
-               "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
-               "recompute": False},
+               "beta": 0.01, "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "recompute": False},
     "geneval": {"steps": 1000, "prompts": 8, "group": 8, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5,
-                "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
-                "recompute": True},
+                "beta": 0.03, "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "recompute": True},
     "end-to-end": {"answer_weight": 1.0, "judge": "frozen"},
     "shapes end-to-end": {"steps": 40, "lr": 3e-5, "beta": 0.05},
     "shapes ShowO": {"micro_batch": 96},

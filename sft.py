@@ -63,11 +63,11 @@ class SFTSettings(Settings):
 
 PRESETS = {  # as grpo.PRESETS
     "shapes": {"steps": 50, "prompts": 144, "micro_batch": 144, "draw_batch": 144, "lr": 2e-4, "beta": 0.01,
-               "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "eval_images": 4,
-               "recompute": False, "buffer": 2000},
+               "answer_weight": 0.0, "judge": "policy", "eval_every": 25, "recompute": False,
+               "buffer": 2000},
     "geneval": {"steps": 1000, "prompts": 64, "micro_batch": 4, "draw_batch": 16, "lr": 1e-5, "beta": 0.03,
-                "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "eval_images": 4,
-                "recompute": True, "buffer": 2000},
+                "answer_weight": 0.3, "judge": "policy", "eval_every": 100, "recompute": True,
+                "buffer": 2000},
     "end-to-end": {"answer_weight": 0.0, "judge": "frozen"},
     "shapes end-to-end": {"steps": 40, "lr": 3e-5, "beta": 0.05},
     "ShowO two-stage": {"estimator": "remask", "buffer": 10_000},
