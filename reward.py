@@ -23,7 +23,7 @@ with the facts. The reader is strict, because a policy trained on this score wil
 
 import json
 import re
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from math import prod
@@ -306,8 +306,8 @@ def task_of(metadata: dict) -> Task:
     return replace(task, prompt=metadata["prompt"])
 
 
-def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable] = frozenset(),
-               check: Callable[[Task], None] = lambda task: None) -> tuple[list[Task], Vocabulary]:
+def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable] = frozenset()
+               ) -> tuple[list[Task], Vocabulary]:
     """Tasks from JSON lines, and the vocabulary with the objects and colors that they add to it. A line:
 
         {"tag": "position", "prompt": "A dog sits right of a kayak.",
@@ -317,8 +317,8 @@ def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable
     `tag` is one of TAGS and says which facts are asked for; `facts` are objects as under GenEval's `include`:
     a `color` for colors and color_attr, a `position` for the second object of position, relative to the
     first. `question` and `answer` may be left out, and are then the tag's question and the facts' answer.
-    Every answer must be right by `score`, and no task may be one of GenEval's or have a key in `exclude`;
-    `check` raises ValueError on one more fault. Raises ValueError that names every faulty line.
+    Every answer must be right by `score`, and no task may be one of GenEval's or have a key in `exclude`.
+    Raises ValueError that names every faulty line.
     """
     tasks, faults = {}, {}  # by the number of their line
     for number, line in enumerate(data.splitlines(), 1):
@@ -338,7 +338,6 @@ def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable
                 raise ValueError("asks for what a test prompt asks for")
             if score(task.answer, task, vocabulary) != 1:
                 raise ValueError(f"its answer {task.answer!r} does not state its facts, would earn nothing")
-            check(task)
         except ValueError as error:
             faults[number] = error
     if faults:

@@ -553,17 +553,17 @@ class Answers:
 
     texts: list[str]
     ids: Tensor  # [B, A], up to and including the end-of-sentence token
-    logprobs: Tensor  # [B, A], of the tempered distribution (of softmax(logits) where the answer is greedy)
+    logprobs: Tensor  # [B, A], of softmax(logits)
     weights: Tensor  # [B, A], a token's share in its answer's mean: 1 / length, and 0 on padding
 
 
 @torch.no_grad()
 def sample_answers(
     model: UnifiedModel, image_features: Tensor, questions: Sequence[str], seeds: Sequence[int] | None = None,
-    temperature: float = 1.0, max_tokens: int = 40,
+    max_tokens: int = 40,
 ) -> Answers:
-    """An answer to each question about the image (of `model.image_features`) of the same index: greedy
-    without seeds, else sampled at `temperature`. Ends at the end-of-sentence token or after `max_tokens`."""
+    """An answer to each question about the image (of `model.image_features`) of the same index: sampled, or
+    greedy without seeds. Ends at the end-of-sentence token or after `max_tokens`."""
     ids, mask = model.question_prompt(questions)  # [B, Q]
     Q, end, kept = ids.shape[1], model.tokenizer.eos_token_id, []
     uniforms = None if seeds is None else uniform_numbers(seeds, ANSWER, max_tokens, model.device)
@@ -581,7 +581,7 @@ def sample_answers(
             token = logits.argmax(-1)
             logprob = score_logits(logits[:, None], token[:, None])[0][:, 0]
         else:
-            token, logprob = draw(widen(logits) / temperature, uniforms[:, t])
+            token, logprob = draw(logits, uniforms[:, t])
         tokens.append(token.where(alive, model.tokenizer.pad_token_id))
         logprobs.append(logprob.where(alive, 0.0))
         masks.append(alive)
