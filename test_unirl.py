@@ -2918,7 +2918,7 @@ def test_a_search_of_the_race_goes_on_until_its_best_rate_is_inside(best, tried)
     falling = {race.Job("tiny", "grpo", 5e-5 * 2**k): -k for k in range(-2, 5)}  # no rate is low enough
     assert [job.rate for job in race.search("tiny", "grpo", falling)[-2:]] == [1.25e-5, 1.25e-5]
     seeds = race.missing("tiny", "grpo", scores)
-    assert [job.seed for job in seeds] == [1, 2, 3, 4, 5] and {job[:4] for job in seeds} == {jobs[0][:4]}
+    assert [job.seed for job in seeds] == [1, 2, 3] and {job[:4] for job in seeds} == {jobs[0][:4]}
 
 
 @pytest.mark.parametrize("cosine", [-0.5, 0, 0.8])

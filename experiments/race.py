@@ -8,7 +8,7 @@ them: one command that can be stopped at any time.
 2. Search: with seed 0 every cell tries five learning rates a factor of two apart, and on if the best is the
    last or first; at the best rate two more values of a setting of its own. 3,072 images a run, scored by the
    detector on validation prompts.
-3. Race: the chosen setting with seeds 1 to 5, 12,000 images a run. What comes out is scored on test prompts,
+3. Race: the chosen setting with seeds 1 to 3, 12,000 images a run. What comes out is scored on test prompts,
    which nothing before looked at: at the guidance of the training, and at the one of those in GUIDANCES at
    which it draws best on validation prompts. So is the start.
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "figures" / "race.json"
 GUIDANCES = {"tiny": (1, 1.5, 2, 3, 5), "tiny-show-o": (0, 1, 2, 3, 5)}
 MODELS = tuple(GUIDANCES)
-SEEDS = range(1, 6)
+SEEDS = range(1, 4)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 IMAGES = 96  # a step
 SEARCH, RACE = 32, 125  # steps
@@ -62,7 +62,7 @@ class Cell(NamedTuple):
     rates: tuple[float, ...] = RATES  # the first that are tried
     tier: int = 0  # lower ones are run first
     models: tuple[str, ...] = MODELS
-    seeds: int = len(SEEDS)
+    seeds: int = len(SEEDS)  # 0 where its search leaves nothing to race for
     settings_of: str = ""  # the cell whose chosen setting it has, instead of a search of its own
 
 
@@ -71,23 +71,22 @@ ANSWERS = "--answer-weight 0.1", "--answer-weight 1"
 GRPO, SFT = f"--prompts {IMAGES // 12} --group 12", f"--prompts {IMAGES}"
 LOWER = tuple(rate / 2 for rate in RATES)
 LEAST = 1e-5  # what does best at a rate near this one does best unlearned
-SHOW_O = MODELS[1:]
+JANUS, SHOW_O = MODELS[:1], MODELS[1:]
 # Steps of pretraining, which make the better judges: runs/judges/tiny-800 is what
 # `python -m tiny.pretrain --clean 800 --steps 800 --out runs/judges/tiny-800` writes.
-JUDGES = 800, 1200, 1600, 2000, 2800
+JUDGES = 400, 600, 800, 1200, 2000, 2800
 CELLS = {
     "grpo": Cell("grpo.py", GRPO),
     "sft": Cell("sft.py", SFT, BUFFER),
     "grpo answers": Cell("grpo.py", f"{GRPO} --answer-weight 0.3", ANSWERS),
-    "sft answers": Cell("sft.py", f"{SFT} --answer-weight 0.3", ANSWERS, tier=1),
     "grpo end-to-end": Cell("grpo.py", f"{GRPO} --mode end-to-end", SOFT, LOWER),
     "sft end-to-end": Cell("sft.py", f"{SFT} --mode end-to-end", SOFT, LOWER),
     "oracle": Cell("grpo.py", f"{GRPO} --reward oracle", tier=1),
     "replay 1": Cell("grpo.py", f"{GRPO} --replay-steps 1", tier=2, models=SHOW_O),
     "replay all": Cell("grpo.py", f"{GRPO} --replay-steps 0", tier=2, models=SHOW_O),
     "remask": Cell("grpo.py", f"{GRPO} --estimator remask", tier=2, models=SHOW_O),
-    "sft replay": Cell("sft.py", f"{SFT} --estimator replay", BUFFER, tier=2, models=SHOW_O),
-    **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/MODEL-{steps}", GRPO, tier=3, seeds=2,
+    "sft replay": Cell("sft.py", f"{SFT} --estimator replay", BUFFER, tier=2, models=SHOW_O, seeds=0),
+    **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/tiny-{steps}", GRPO, tier=3, models=JANUS,
                               settings_of="grpo") for steps in JUDGES},
 }
 # Of the Show-o's SFT a short run cannot choose the buffer, which only longer ones fill.
@@ -103,9 +102,6 @@ class Job(NamedTuple):
     other: str = ""
     seed: int = 0
 
-    def script(self) -> list[str]:
-        return CELLS[self.cell].script.replace("MODEL", self.model).split()
-
     def flags(self) -> list[str]:
         steps = RACE if self.seed else SEARCH
         watch = f"--eval-every {RACE // 5} --eval-images 2" if self.seed else "--eval-every 0"
@@ -113,7 +109,7 @@ class Job(NamedTuple):
         return f"{flags} {self.model} --seed {self.seed} --save-every 25 --keep 1 --no-compile".split()
 
     def command(self) -> str:
-        return " ".join(self.script() + self.flags())
+        return " ".join([CELLS[self.cell].script, *self.flags()])
 
     def folder(self, runs: Path) -> Path:
         setting = "-".join([f"{self.rate:g}", *self.other.replace("--", "").split()])
@@ -149,13 +145,13 @@ def missing(model: str, name: str, scores: dict[Job, float]) -> list[Job]:
 
 
 def plan(models: list[str], names: list[str], scores: dict[Job, float]) -> list[Job]:
-    """All runs that can begin, the first ones first: starts, searches, then seed by seed, three of everything
-    before the others, so that a stop leaves as even a picture as there can be."""
+    """All runs that can begin, the first ones first: starts, searches, then seed by seed, so that a stop
+    leaves as even a picture as there can be."""
     jobs = [Job(model) for model in models if Job(model) not in scores]
     jobs += [job for name in names for model in models if model in CELLS[name].models
              for job in missing(model, name, scores)]
     tier = lambda job: CELLS[job.cell].tier if job.cell else 0
-    return sorted(jobs, key=lambda job: (job.seed > 3, tier(job), job.seed))
+    return sorted(jobs, key=lambda job: (tier(job), job.seed))
 
 
 # ---- a run and its scores ----------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ def perform(job: Job, runs: Path) -> dict | None:
     log, result["command"] = folder.with_suffix(".log"), command
     if not (folder / "summary.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        begun, (script, *given) = (folder / "args.json").exists(), job.script()
+        begun, (script, *given) = (folder / "args.json").exists(), CELLS[job.cell].script.split()
         flags = ["--resume", str(folder)] if begun else [*job.flags(), "--out", str(folder)]
         with open(log, "ab") as out:
             code = subprocess.run([sys.executable, str(ROOT / script), *given, *flags], stdout=out,
@@ -239,7 +235,7 @@ def perform(job: Job, runs: Path) -> dict | None:
                         for line in lines if "held_out" in line]
     result |= score_model(job, str(folder / f"step_{len(lines):06d}"))
     if CELLS[job.cell].settings_of:  # who judged: how good is it?
-        judge = load(job.script()[1], pick_device())
+        judge = load(CELLS[job.cell].script.split()[1], pick_device())
         result["judge"] = measured(judge, "test", judge.guidance, 6)["true"]
     for checkpoint in folder.glob("step_*"):  # 15 MB each, which nobody looks at
         shutil.rmtree(checkpoint)

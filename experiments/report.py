@@ -28,7 +28,7 @@ FIGURES = Path(__file__).parent / "figures"
 TITLES = {"tiny": "tiny Janus", "tiny-show-o": "tiny Show-o"}
 METHODS = {
     "grpo": ("GRPO two-stage", "#2b6cd9"), "grpo answers": ("GRPO two-stage, answers too", "#16b8c4"),
-    "sft": ("SFT two-stage", "#3a9d5d"), "sft answers": ("SFT two-stage, answers too", "#9cc53b"),
+    "sft": ("SFT two-stage", "#3a9d5d"),
     "grpo end-to-end": ("GRPO end-to-end", "#d9822b"), "sft end-to-end": ("SFT end-to-end", "#a04fb5"),
     "oracle": ("GRPO, oracle reward", "#777777"),
 }
@@ -158,28 +158,27 @@ def search_table(results: list[dict], model: str) -> list[str]:
     return lines
 
 
-def judged(results: list[dict], model: str, cells: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
-    """By cell that was run: the share of true test pictures that the judge understands, and the detector's
-    change with it, seed by seed."""
-    start, found = start_of(results, model), {}
-    for cell in cells:
-        if runs := races(results, model, cell):
-            share = np.mean([run.get("judge", start["test"][start["guidance"]]["true"]) for run in runs])
-            found[cell] = float(share), changes(results, model, cell, "detector", "best")
-    return found
-
-
 def judge_table(results: list[dict]) -> list[str]:
-    """How much is learned from judges that see less."""
-    lines = header("judge", "true pictures understood by it", "seeds", "detector, best against best")
-    for model in MODELS:
-        found = judged(results, model, JUDGES)
-        if len(found) < 2:  # nothing to compare the policy itself with
-            continue
-        for cell, (share, gains) in found.items():
-            name = "itself" if cell == "grpo" else f"another, after {cell.removeprefix('judge ')} steps"
-            lines.append(row(f"{TITLES[model]}, {name}", f"{share:.3f}", len(gains), signed(gains)))
+    """How much the tiny Janus learns from judges that see less."""
+    lines = header("judge", "true pictures understood by it", "seeds", "detector, best against best",
+                   "detector, as trained", "own pictures understood")
+    for cell, share in judges(results, JUDGES).items():
+        name = "itself" if cell == "grpo" else f"another, after {cell.removeprefix('judge ')} steps"
+        parts = [changes(results, MODELS[0], cell, "detector", "best")]
+        parts += [changes(results, MODELS[0], cell, key) for key in ("detector", "own")]
+        lines.append(row(name, f"{share:.3f}", len(parts[0]), *map(signed, parts)))
     return lines
+
+
+def judges(results: list[dict], cells: Sequence[str]) -> dict[str, float]:
+    """By cell that was run: the share of true test pictures that the judge understands, the worst one
+    first."""
+    start, shares = start_of(results, MODELS[0]), {}
+    itself = start["test"][start["guidance"]]["true"]
+    for cell in cells:
+        if runs := races(results, MODELS[0], cell):
+            shares[cell] = runs[0].get("judge", itself)
+    return dict(sorted(shares.items(), key=lambda item: item[1]))
 
 
 def write_tables(results: list[dict], path: Path) -> None:
@@ -193,7 +192,7 @@ def write_tables(results: list[dict], path: Path) -> None:
     table = race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS)
     if len(table) > 4:  # more than the start and one cell
         lines += ["## What scores a Show-o's trajectory", "", *table, ""]
-    if len(table := judge_table(results)) > 2:
+    if len(table := judge_table(results)) > 3:
         lines += ["## How good must a judge be?", "", *table, ""]
     for model in MODELS:
         tables = {
@@ -225,7 +224,7 @@ def figures(results: list[dict], folder: Path) -> None:
     for name, label, draw, panels in (
         ("race", score, draw_cells, [(model, METHODS, False) for model in MODELS]),
         ("estimators", score, draw_cells, [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)]),
-        ("judges", "detector's gain, test prompts", draw_judges, [(model, JUDGES) for model in MODELS]),
+        ("judges", "detector's gain, test prompts", draw_judges, [(MODELS[0], JUDGES)]),
     ):
         panels = [panel for panel in panels if sum(bool(races(results, panel[0], c)) for c in panel[1]) > 1]
         if not panels:  # not yet
@@ -240,12 +239,13 @@ def figures(results: list[dict], folder: Path) -> None:
 
 
 def draw_judges(axis, results: list[dict], model: str, cells: Sequence[str]) -> None:
-    """Each seed's gain against what its judge understands, and a line through their means."""
-    found = sorted(judged(results, model, cells).values())
-    color = METHODS["grpo"][1]
-    for share, gains in found:
-        axis.plot([share] * len(gains), gains, ".", color=color, alpha=0.5)
-    axis.plot([share for share, _ in found], [np.mean(gains) for _, gains in found], color=color)
+    """Each seed's gain at the guidance of the training against what its judge understands, and a line through
+    their means."""
+    color, shares = METHODS["grpo"][1], judges(results, cells)
+    gains = [changes(results, model, cell, "detector") for cell in shares]
+    for share, values in zip(shares.values(), gains):
+        axis.plot([share] * len(values), values, ".", color=color, alpha=0.5)
+    axis.plot(list(shares.values()), [np.mean(values) for values in gains], color=color)
     axis.axhline(0, color="#999999", linewidth=0.8)
     axis.set(xlabel="true pictures understood by the judge", title=TITLES[model])
 
