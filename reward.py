@@ -306,8 +306,9 @@ def task_of(metadata: dict) -> Task:
     return replace(task, prompt=metadata["prompt"])
 
 
-def read_tasks(data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable] = frozenset()
-               ) -> tuple[list[Task], Vocabulary]:
+def read_tasks(
+    data: bytes, vocabulary: Vocabulary, exclude: Collection[Hashable] = frozenset()
+) -> tuple[list[Task], Vocabulary]:
     """Tasks from JSON lines, and the vocabulary with the objects and colors that they add to it. A line:
 
         {"tag": "position", "prompt": "A dog sits right of a kayak.",

@@ -62,7 +62,7 @@ class Cell(NamedTuple):
     rates: tuple[float, ...] = RATES  # the first that are tried
     tier: int = 0  # lower ones are run first
     models: tuple[str, ...] = MODELS
-    seeds: int = len(SEEDS)  # 0 where its search leaves nothing to race for
+    races: bool = True  # its search leaves something to race for
     settings_of: str = ""  # the cell whose chosen setting it has, instead of a search of its own
 
 
@@ -85,7 +85,7 @@ CELLS = {
     "replay 1": Cell("grpo.py", f"{GRPO} --replay-steps 1", tier=2, models=SHOW_O),
     "replay all": Cell("grpo.py", f"{GRPO} --replay-steps 0", tier=2, models=SHOW_O),
     "remask": Cell("grpo.py", f"{GRPO} --estimator remask", tier=2, models=SHOW_O),
-    "sft replay": Cell("sft.py", f"{SFT} --estimator replay", BUFFER, tier=2, models=SHOW_O, seeds=0),
+    "sft replay": Cell("sft.py", f"{SFT} --estimator replay", BUFFER, tier=2, models=SHOW_O, races=False),
     **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/tiny-{steps}", GRPO, tier=3, models=JANUS,
                               settings_of="grpo") for steps in JUDGES},
 }
@@ -138,7 +138,7 @@ def missing(model: str, name: str, scores: dict[Job, float]) -> list[Job]:
     """The runs of a cell that can begin and have no score yet."""
     jobs = search(model, CELLS[name].settings_of or name, scores)
     if len(jobs) == 1 and jobs[0] in scores:
-        jobs = [jobs[0]._replace(cell=name, seed=seed) for seed in SEEDS[: CELLS[name].seeds]]
+        jobs = [jobs[0]._replace(cell=name, seed=seed) for seed in SEEDS if CELLS[name].races]
     elif CELLS[name].settings_of:  # that cell's search comes first
         return []
     return [job for job in jobs if job not in scores]
@@ -212,10 +212,11 @@ def perform(job: Job, runs: Path) -> dict | None:
     if not job.cell:
         return {**result, **score_model(job, job.model)}
     command, folder = job.command(), job.folder(runs)
+    script, *given = CELLS[job.cell].script.split()
     log, result["command"] = folder.with_suffix(".log"), command
     if not (folder / "summary.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        begun, (script, *given) = (folder / "args.json").exists(), CELLS[job.cell].script.split()
+        begun = (folder / "args.json").exists()
         flags = ["--resume", str(folder)] if begun else [*job.flags(), "--out", str(folder)]
         with open(log, "ab") as out:
             code = subprocess.run([sys.executable, str(ROOT / script), *given, *flags], stdout=out,
@@ -234,8 +235,8 @@ def perform(job: Job, runs: Path) -> dict | None:
     result["course"] = [[line["step"], *(round(line["held_out"][key], 4) for key in keys)]
                         for line in lines if "held_out" in line]
     result |= score_model(job, str(folder / f"step_{len(lines):06d}"))
-    if CELLS[job.cell].settings_of:  # who judged: how good is it?
-        judge = load(CELLS[job.cell].script.split()[1], pick_device())
+    if given:  # another judged: how good is it?
+        judge = load(given[0], pick_device())
         result["judge"] = measured(judge, "test", judge.guidance, 6)["true"]
     for checkpoint in folder.glob("step_*"):  # 15 MB each, which nobody looks at
         shutil.rmtree(checkpoint)

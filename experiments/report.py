@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import evaluate, first_of_each, picture, world_of
-from experiments.race import CELLS, IMAGES, MODELS, read_results, score_of
+from experiments.race import CELLS, IMAGES, JANUS, MODELS, SHOW_O, read_results, score_of
 from model import UserError, load
 from reward import TAGS
 from sample import contact_sheet, run, write_whole
@@ -94,11 +94,13 @@ def changes(results: list[dict], model: str, cell: str, key: str, when: str = "g
     return [result["test"][result[when]][key] - before for result in races(results, model, cell)]
 
 
-def race_table(results: list[dict], cells: dict[str, tuple[str, str]]) -> list[str]:
-    """What the cells changed, of both models. Seconds on a GPU, which several runs shared, are marked."""
+def race_table(
+    results: list[dict], cells: dict[str, tuple[str, str]], models: Sequence[str] = MODELS
+) -> list[str]:
+    """What the cells changed. Seconds on a GPU, which several runs shared, are marked."""
     lines = header("", "seeds", "detector, best against best", "detector, as trained", *COLUMNS.values(),
                    "seconds")
-    for model in MODELS:
+    for model in models:
         start = start_of(results, model)
         test, best = start["test"][start["guidance"]], start["test"][start["best"]]["detector"]
         scores = [f"{value:.3f}" for value in (best, test["detector"], *(test[key] for key in COLUMNS))]
@@ -158,25 +160,13 @@ def search_table(results: list[dict], model: str) -> list[str]:
     return lines
 
 
-def judge_table(results: list[dict]) -> list[str]:
-    """How much the tiny Janus learns from judges that see less."""
-    lines = header("judge", "true pictures understood by it", "seeds", "detector, best against best",
-                   "detector, as trained", "own pictures understood")
-    for cell, share in judges(results, JUDGES).items():
-        name = "itself" if cell == "grpo" else f"another, after {cell.removeprefix('judge ')} steps"
-        parts = [changes(results, MODELS[0], cell, "detector", "best")]
-        parts += [changes(results, MODELS[0], cell, key) for key in ("detector", "own")]
-        lines.append(row(name, f"{share:.3f}", len(parts[0]), *map(signed, parts)))
-    return lines
-
-
-def judges(results: list[dict], cells: Sequence[str]) -> dict[str, float]:
+def judges(results: list[dict], model: str, cells: Sequence[str]) -> dict[str, float]:
     """By cell that was run: the share of true test pictures that the judge understands, the worst one
     first."""
-    start, shares = start_of(results, MODELS[0]), {}
+    start, shares = start_of(results, model), {}
     itself = start["test"][start["guidance"]]["true"]
     for cell in cells:
-        if runs := races(results, MODELS[0], cell):
+        if runs := races(results, model, cell):
             shares[cell] = runs[0].get("judge", itself)
     return dict(sorted(shares.items(), key=lambda item: item[1]))
 
@@ -189,11 +179,13 @@ def write_tables(results: list[dict], path: Path) -> None:
              "error of up to 0.01 beside it. Seconds are of the training steps, on one core or a shared GPU.",
              "",
              *race_table(results, METHODS), ""]
-    table = race_table([r for r in results if r["model"] != "tiny" or not r["cell"]], ESTIMATORS)
-    if len(table) > 4:  # more than the start and one cell
-        lines += ["## What scores a Show-o's trajectory", "", *table, ""]
-    if len(table := judge_table(results)) > 3:
-        lines += ["## How good must a judge be?", "", *table, ""]
+    labels = {cell: (f"understands {share:.3f} ({'itself' if cell == 'grpo' else cell})", "")
+              for cell, share in judges(results, *JANUS, JUDGES).items()}
+    for title, cells, models in (("What scores a Show-o's trajectory", ESTIMATORS, SHOW_O),
+                                 ("How good must a judge be?", labels, JANUS)):
+        table = race_table(results, cells, models)
+        if len(table) > 4:  # more than the start and one cell
+            lines += [f"## {title}", "", *table, ""]
     for model in MODELS:
         tables = {
             "By category, at the guidance of the training:": category_table(results, model),
@@ -223,8 +215,8 @@ def figures(results: list[dict], folder: Path) -> None:
     score = "detector, validation prompts"
     for name, label, draw, panels in (
         ("race", score, draw_cells, [(model, METHODS, False) for model in MODELS]),
-        ("estimators", score, draw_cells, [(MODELS[1], ESTIMATORS, seconds) for seconds in (False, True)]),
-        ("judges", "detector's gain, test prompts", draw_judges, [(MODELS[0], JUDGES)]),
+        ("estimators", score, draw_cells, [(*SHOW_O, ESTIMATORS, seconds) for seconds in (False, True)]),
+        ("judges", "detector's gain, test prompts", draw_judges, [(*JANUS, JUDGES)]),
     ):
         panels = [panel for panel in panels if sum(bool(races(results, panel[0], c)) for c in panel[1]) > 1]
         if not panels:  # not yet
@@ -241,7 +233,7 @@ def figures(results: list[dict], folder: Path) -> None:
 def draw_judges(axis, results: list[dict], model: str, cells: Sequence[str]) -> None:
     """Each seed's gain at the guidance of the training against what its judge understands, and a line through
     their means."""
-    color, shares = METHODS["grpo"][1], judges(results, cells)
+    color, shares = METHODS["grpo"][1], judges(results, model, cells)
     gains = [changes(results, model, cell, "detector") for cell in shares]
     for share, values in zip(shares.values(), gains):
         axis.plot([share] * len(values), values, ".", color=color, alpha=0.5)
