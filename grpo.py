@@ -21,7 +21,8 @@ How this differs from the paper, or fixes what the paper leaves open:
    its image tokens plus --answer-weight times the mean over its answer tokens, so that hundreds do not drown
    a handful.
 2. The log-probability of an image token is that of the guided, tempered distribution it was sampled from
-   (--logprob); published Janus trainers score the conditional branch alone.
+   (--logprob); published Janus trainers score the conditional branch alone, whose gradient points mostly
+   elsewhere (experiments/RESULTS.md).
 3. Ratios are against the log-probabilities recorded while sampling, not against a detached copy of the
    training pass, so that a difference between the two passes shows: `rollout_difference` is logged, and
    should be about 0.

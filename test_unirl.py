@@ -2933,19 +2933,28 @@ def test_compared_gradients_have_the_cosine_they_were_made_with(cosine):
     assert compare(noise[0, :3] - noise[0, :3].mean(0), noise[1, :3])["mean"] is None
 
 
-def test_the_gradient_that_is_measured_is_the_one_that_trains():
+def test_the_gradients_that_are_measured_are_those_that_train():
     policy, rng, seeds = small_model("show-o"), np.random.default_rng(0), range(6)
+    policy.draw_steps = 3
     judge, tasks = copy.deepcopy(policy).requires_grad_(False), [draw_task(shapes.VOCABULARY, rng)] * 6
-    _, measured, other, *_ = estimates(policy, judge, tasks, seeds, rng).values()
+    ways = estimates(policy, judge, tasks, seeds, rng)
     images = sample_images(policy, [task.prompt for task in tasks], seeds, policy.guidance, compiled=False)
     rollout = grpo.Rollout(tasks, seeds, images, None, None)
     features = grpo.straight_through(policy, judge, rollout, objective_settings(guidance=policy.guidance))[2]
-    weights = list(policy.language_model.parameters())
-    losses = sft.answer_loss(judge, rollout.tasks, features).sum(), measured(), other()
-    gradients = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses]
-    trained, measured, other = (torch.cat([part.flatten() for part in parts]) for parts in gradients)
-    close(measured, trained, 1e-4 * trained.abs().max())
-    assert F.cosine_similarity(other, trained, dim=0) < 0.999
+    weights, (reinforce, relaxed, other, *_) = list(policy.language_model.parameters()), ways.values()
+
+    def gradient(loss: Tensor) -> Tensor:
+        parts = torch.autograd.grad(loss, weights, retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    trained, exact = gradient(sft.answer_loss(judge, tasks, features).sum()), gradient(reinforce())
+    close(gradient(relaxed()), trained, 1e-4 * trained.abs().max())
+    scored = {flags: gradient(way()) for flags, way in ways.items() if "--" in flags}
+    mean = scored.pop("REINFORCE, --replay-steps 3") * images.codes.shape[1]  # all steps' mean over codes
+    close(mean, exact, 1e-4 * exact.abs().max())
+    for wrong in (gradient(other()), *scored.values()):
+        for right in (trained, exact):
+            assert F.cosine_similarity(wrong, right, dim=0) < 0.999
 
 
 # ------------------------------------------------------------------------------------------------------------

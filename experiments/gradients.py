@@ -5,10 +5,11 @@
 
 The loss is the starting model's cross-entropy of the known answer about a picture it draws, of two prompts of
 every category. REINFORCE, with the mean of a prompt's other pictures as baseline, estimates its gradient for
-the weights without bias; of a Show-o there are also its parts, the last step's codes and all others'. The
-rest is end-to-end's: the judge's gradient at the picture, sent back into the logits; the first of them as the
-trainers do it, each other with what it is called by changed. Batch after batch draws the same prompts anew;
-per estimator g, REINFORCE's being r:
+the weights without bias. With flags beside its name it scores what grpo.py does with these in place of every
+code's guided log-probability; and of a Show-o it is there in two parts, the last step's codes and all
+others'. The rest is end-to-end's: the judge's gradient at the picture, sent back into the logits; the first
+of them as the trainers do it, each other with what it is called by changed. Batch after batch draws the same
+prompts anew; per estimator g, REINFORCE's being r:
 
     mean    cosine of E g with E r: what many pictures would agree on, and its jackknife standard error
     batch   expected cosine of one batch's g with E r: what one batch is worth
@@ -34,7 +35,8 @@ from grpo import CODE_CLIP, Settings
 from model import UnifiedModel, load
 from reward import TAGS, Task, draw_task, task_key
 from sample import (
-    ShortHelp, image_logits, pick_device, positive, relaxed_codes, run, sample_images, write_whole,
+    ShortHelp, choose_scored, image_logits, image_logprobs, pick_device, positive, relaxed_codes, run,
+    sample_images, write_whole,
 )
 from sft import answer_loss
 
@@ -126,6 +128,11 @@ def estimates(
         others = [[seed + 10**6 * k for seed in seeds] for k in range(1, NOISES + 1)]
         return sum((relaxed(seeds=other) * cut(half)).sum() for other in others) / NOISES
 
+    def scored(estimator: str, count: int, logprob: str) -> Tensor:
+        chosen = choose_scored(policy, images, seeds, estimator, count)
+        logprobs, _ = image_logprobs(policy, chosen, policy.guidance, 1.0, logprob)  # [B, N]
+        return (advantage.flatten() * (chosen.weights * logprobs).sum(1)).sum()
+
     ways = {
         "REINFORCE": reinforce,
         f"Gumbel-softmax, soft {SOFT}, tau 1, cut to {CODE_CLIP} in each code": lambda: back(cut(half)),
@@ -140,6 +147,8 @@ def estimates(
         f"{NOISES} noises a picture (Gumbel-Rao)": many,
         "ReinMax": lambda: (reinmax(logits, codes) * cut(half)).sum(),
     }
+    for logprob in ("detached", "conditional"):
+        ways[f"REINFORCE, --logprob {logprob}"] = partial(scored, "replay", 0, logprob)
     if policy.draw_steps is None:
         noisy = cut(pull(judge, tasks, relaxed(), noise=PIXELS))
         ways[f"noise of {PIXELS} on the pixels"] = lambda: back(noisy)
@@ -149,6 +158,10 @@ def estimates(
         last = images.unmask_step == policy.draw_steps - 1
         ways["REINFORCE, all steps but the last"] = partial(reinforce, ~last)
         ways["REINFORCE, the last step alone"] = partial(reinforce, last)
+        for count in (3, 1):
+            ways[f"REINFORCE, --replay-steps {count}"] = partial(scored, "replay", count, "guided")
+        for logprob in ("conditional", "guided"):
+            ways[f"REINFORCE, --estimator remask --logprob {logprob}"] = partial(scored, "remask", 0, logprob)
     return ways
 
 

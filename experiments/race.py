@@ -68,6 +68,7 @@ class Cell(NamedTuple):
 
 BUFFER, SOFT = ("--buffer 200", "--buffer 600"), ("--soft 0", "--soft 1")
 ANSWERS = "--answer-weight 0.1", "--answer-weight 1"
+BRANCHES = "--logprob guided", "--logprob detached"
 GRPO, SFT = f"--prompts {IMAGES // 12} --group 12", f"--prompts {IMAGES}"
 LOWER = tuple(rate / 2 for rate in RATES)
 LEAST = 1e-5  # what does best at a rate near this one does best unlearned
@@ -84,7 +85,7 @@ CELLS = {
     "oracle": Cell("grpo.py", f"{GRPO} --reward oracle", tier=1),
     "replay 1": Cell("grpo.py", f"{GRPO} --replay-steps 1", tier=2, models=SHOW_O),
     "replay all": Cell("grpo.py", f"{GRPO} --replay-steps 0", tier=2, models=SHOW_O),
-    "remask": Cell("grpo.py", f"{GRPO} --estimator remask", tier=2, models=SHOW_O),
+    "remask": Cell("grpo.py", f"{GRPO} --estimator remask", BRANCHES, tier=2, models=SHOW_O),
     "sft replay": Cell("sft.py", f"{SFT} --estimator replay", BUFFER, tier=2, models=SHOW_O, races=False),
     **{f"judge {steps}": Cell(f"experiments/judged.py runs/judges/tiny-{steps}", GRPO, tier=3, models=JANUS,
                               settings_of="grpo") for steps in JUDGES},
