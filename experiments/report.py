@@ -94,6 +94,18 @@ def changes(results: list[dict], model: str, cell: str, key: str, when: str = "g
     return [result["test"][result[when]][key] - before for result in races(results, model, cell)]
 
 
+def on_gpu(result: dict) -> bool:
+    """Whether it was run on one, which several runs shared."""
+    return "," in result["versions"]["machine"]
+
+
+def seconds_a_step(results: list[dict], model: str, cell: str) -> float:
+    """Of a cell's training on one core: the least of its runs there, those of the search too, as others had
+    to share it; nan where there is none."""
+    mine = [r for r in results if (r["model"], r["cell"]) == (model, cell) and "reward" in r]
+    return min((r["seconds"] / len(r["reward"]) for r in mine if not on_gpu(r)), default=math.nan)
+
+
 def race_table(
     results: list[dict], cells: dict[str, tuple[str, str]], models: Sequence[str] = MODELS
 ) -> list[str]:
@@ -112,7 +124,7 @@ def race_table(
                 parts = [changes(results, model, cell, "detector", "best")]
                 parts += [changes(results, model, cell, key) for key in ("detector", *COLUMNS)]
                 seconds = np.mean([result["seconds"] for result in runs])
-                shared = " (GPU)" if "," in runs[0]["versions"]["machine"] else ""
+                shared = " (GPU)" if on_gpu(runs[0]) else ""
                 lines.append(row(cells[cell][0], len(runs), *map(signed, parts), f"{seconds:.0f}{shared}"))
     return lines
 
@@ -263,10 +275,10 @@ def draw_cells(axis, results: list[dict], model: str, cells: dict, seconds: bool
     start = start["validation"][start["guidance"]]["detector"]
     for cell, (label, color) in cells.items():
         if runs := races(results, model, cell):
-            a_step = np.mean([result["seconds"] / len(result["reward"]) for result in runs])
-            draw_course(axis, runs, label, color, start, a_step if seconds else IMAGES)
+            a_step = seconds_a_step(results, model, cell) if seconds else IMAGES
+            draw_course(axis, runs, label, color, start, a_step)
     axis.legend(frameon=False, fontsize=7)
-    axis.set(xlabel="seconds of training" if seconds else "images drawn", title=TITLES[model])
+    axis.set(xlabel="seconds of training on a core" if seconds else "images drawn", title=TITLES[model])
 
 
 def draw_pair(names: Sequence[str], path: Path, each: int = 4) -> None:
