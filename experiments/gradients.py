@@ -36,7 +36,7 @@ from model import UnifiedModel, load
 from reward import TAGS, Task, draw_task, task_key
 from sample import (
     ShortHelp, choose_scored, image_logits, image_logprobs, pick_device, positive, relaxed_codes, run,
-    sample_images, write_whole,
+    sample_images, score_logits, write_whole,
 )
 from sft import answer_loss
 
@@ -112,8 +112,8 @@ def estimates(
         loss = answer_loss(judge, tasks, judge.image_features(codes))
     groups = loss.view(-1, GROUP)
     advantage = (groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
-    drawn = logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]  # [B, N]
-    reinforce = lambda of=1: (advantage.flatten() * (of * drawn).sum(1)).sum()
+    drawn, _ = score_logits(logits, codes)  # [B, N]
+    reinforce = lambda logprobs=drawn: (advantage.flatten() * logprobs.sum(1)).sum()
     relaxed = lambda tau=1.0, soft=SOFT, seeds=seeds: relaxed_codes(logits, codes, tau, seeds, soft)
     # The judge's gradients at what it is shown.
     seen = {soft: pull(judge, tasks, relaxed(soft=soft)) for soft in (0, 0.25, SOFT, 0.75, 1)}
@@ -131,7 +131,7 @@ def estimates(
     def scored(estimator: str, count: int, logprob: str) -> Tensor:
         chosen = choose_scored(policy, images, seeds, estimator, count)
         logprobs, _ = image_logprobs(policy, chosen, policy.guidance, 1.0, logprob)  # [B, N]
-        return (advantage.flatten() * (chosen.weights * logprobs).sum(1)).sum()
+        return reinforce(chosen.weights * logprobs)
 
     ways = {
         "REINFORCE": reinforce,
@@ -156,8 +156,8 @@ def estimates(
         ways["exact for each code, all others fixed"] = exact
     else:
         last = images.unmask_step == policy.draw_steps - 1
-        ways["REINFORCE, all steps but the last"] = partial(reinforce, ~last)
-        ways["REINFORCE, the last step alone"] = partial(reinforce, last)
+        ways["REINFORCE, all steps but the last"] = partial(reinforce, drawn * ~last)
+        ways["REINFORCE, the last step alone"] = partial(reinforce, drawn * last)
         for count in (3, 1):
             ways[f"REINFORCE, --replay-steps {count}"] = partial(scored, "replay", count, "guided")
         for logprob in ("conditional", "guided"):
