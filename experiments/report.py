@@ -123,7 +123,7 @@ def race_table(
             if runs:
                 parts = [changes(results, model, cell, "detector", "best")]
                 parts += [changes(results, model, cell, key) for key in ("detector", *COLUMNS)]
-                seconds = np.mean([result["seconds"] for result in runs])
+                seconds = min(result["seconds"] for result in runs)  # the others may have shared a core
                 shared = " (GPU)" if on_gpu(runs[0]) else ""
                 lines.append(row(cells[cell][0], len(runs), *map(signed, parts), f"{seconds:.0f}{shared}"))
     return lines
@@ -188,8 +188,8 @@ def write_tables(results: list[dict], path: Path) -> None:
     lines = ["# The race on the tiny models", "",
              "Written by report.py: changes of scores on test prompts, mean over seeds ± half a 95 % "
              "confidence interval (Student's t). The start's own score, of 2,880 pictures, has a standard "
-             "error of up to 0.01 beside it. Seconds are of the training steps, on one core or a shared GPU.",
-             "",
+             "error of up to 0.01 beside it. Seconds are the fastest seed's training steps', on one core or "
+             "a shared GPU.", "",
              *race_table(results, METHODS), ""]
     labels = {cell: (f"understands {share:.3f} ({'itself' if cell == 'grpo' else cell})", "")
               for cell, share in judges(results, *JANUS, JUDGES).items()}
